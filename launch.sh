@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The main job on a fresh machine: ./launch.sh [flags of train.py]. The test suite: ./launch.sh test [flags of pytest].
+#   NPROC                                           processes on this machine; default: one per GPU, one without GPUs
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines: the same command on each, NODE_RANK 0, 1, ...
+#   PYTHON                                          the interpreter to start from; default: python3
+set -euo pipefail
+cd "$(dirname "$0")"
+
+extra=""
+needs="import minirm, torch, transformers, datasets, safetensors, tqdm"
+if [ "${1:-}" = test ]; then
+  extra="[test]"
+  needs="$needs, pytest, ruff"
+fi
+python=${PYTHON:-$(command -v python3 || command -v python)}
+# The environment that is active, if it has what is needed; else .venv beside this file, made and filled once.
+if ! "$python" -c "$needs" 2>/dev/null; then
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  python=$PWD/.venv/bin/python
+  if ! "$python" -c "$needs" 2>/dev/null; then
+    echo "launch.sh: installing minirm$extra into .venv" >&2
+    # torch first and by number: the newest of the tested range, not whatever came out since.
+    "$python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+    "$python" -m pip install --quiet --disable-pip-version-check -e ".$extra"
+  fi
+fi
+
+if [ "${1:-}" = test ]; then
+  shift
+  exec "$python" -m pytest -q tests "$@"
+fi
+nproc=${NPROC:-$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))")}
+if [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+  exec "$python" train.py "$@"
+fi
+if [ "${NNODES:-1}" = 1 ]; then
+  where=(--standalone)
+else
+  where=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?}" --master_addr="${MASTER_ADDR:?}" --master_port="${MASTER_PORT:-29500}")
+fi
+# torchrun gives every process one thread; without GPUs they share the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c "import os; print(max(1, len(os.sched_getaffinity(0)) // $nproc))")}
+exec "$python" -m torch.distributed.run "${where[@]}" --nproc_per_node="$nproc" train.py "$@"

@@ -1,0 +1,90 @@
+"""Freezing the bottom layers of a decoder: they keep what pre-training taught them, and cost no backward pass."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+# What decoders call their list of blocks: transformer.h (gpt2, gptj, bloom, falcon), model.layers (llama and most
+# others), gpt_neox.layers, model.decoder.layers (opt), transformer.blocks (mpt, dbrx), backbone.layers (mamba).
+BLOCK_LIST_NAMES = ("h", "layers", "blocks", "layer", "block")
+
+
+class Frozen(NamedTuple):
+    """What `freeze_bottom_layers` froze."""
+
+    layers: list[int]  # indices into the block list
+    parameters: list[str]  # names, as in model.named_parameters()
+    total_layers: int
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks of any decoder, and its name inside `model` ("transformer.h").
+
+    Raises ValueError, naming what was looked for and what is there, if there is none or more than one (an encoder and
+    a decoder).
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [name for name in lists if name.rpartition(".")[2] in BLOCK_LIST_NAMES and len(lists[name])]
+    # A list inside a block (the layers of an expert, say) is not the list of blocks.
+    found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: looked for one nn.ModuleList of decoder blocks called "
+            f"{', '.join(BLOCK_LIST_NAMES[:-1])} or {BLOCK_LIST_NAMES[-1]}; found {' and '.join(found) or 'none'}"
+            f" (its module lists: {', '.join(list(lists)[:8]) or 'none'})"
+        )
+    return found[0], lists[found[0]]
+
+
+def trained_layer_count(layers: int, ratio: float) -> int:
+    """int((1 - ratio) * layers), at least one unless ratio is 1, where the head alone is trained.
+
+    The published code takes `layers[:-int(0.3 * n)]`, which freezes nothing at all when the product is below one.
+    Raises ValueError if ratio is outside 0..1.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"freeze ratio must lie in 0..1, got {ratio}")
+    return 0 if ratio == 1 else max(1, int((1 - ratio) * layers))
+
+
+def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool = True) -> Frozen:
+    """Turns requires_grad off, in place, for the bottom `ratio` of the blocks and for the embeddings that feed them.
+
+    Args:
+        model: any decoder: bare, with a language-model head, or a RewardModel.
+        ratio: share of the blocks; `trained_layer_count` of them stay trainable. 0 freezes nothing at all; 1 freezes
+            the whole trunk, final norm included, so that only a head outside of it is trained.
+        embeddings: False leaves them trainable (the published code), and backward has to cross every frozen block.
+    Returns: Frozen(layers, parameters, total_layers).
+    Raises ValueError if ratio is outside 0..1, as `find_blocks` does, and if a block to freeze shares its weights with
+    one to train.
+    """
+    name, blocks = find_blocks(model)
+    decoder = model.get_submodule(name.rpartition(".")[0])
+    frozen_layers = len(blocks) - trained_layer_count(len(blocks), ratio)
+    # What feeds the first block: token and position embeddings, and what stands between (bloom's layer norm, opt's
+    # projection). A single trainable parameter down there would bring the whole backward pass back.
+    below = [
+        child
+        for child_name, child in decoder.named_children()
+        if child is not blocks
+        and (isinstance(child, nn.Embedding) or "emb" in child_name or child_name == "project_in")
+    ]
+    below_ids = {id(p) for child in below for p in child.parameters()}
+    if ratio == 0:
+        frozen = set()
+    elif ratio == 1:
+        frozen = {id(p) for p in decoder.parameters()} - (set() if embeddings else below_ids)
+    else:
+        frozen = {id(p) for block in blocks[:frozen_layers] for p in block.parameters()}
+        frozen |= below_ids if embeddings else set()
+        trained = {id(p) for block in blocks[frozen_layers:] for p in block.parameters()}
+        if frozen & trained:
+            raise ValueError(
+                f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above, so "
+                "they cannot be frozen apart; use a ratio of 0 or 1"
+            )
+    names = [n for n, p in model.named_parameters() if id(p) in frozen]
+    for n in names:
+        model.get_parameter(n).requires_grad_(False)
+    return Frozen(list(range(frozen_layers)), names, len(blocks))

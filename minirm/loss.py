@@ -1,0 +1,89 @@
+"""Pairwise losses and accuracy: plain functions of tensors, no state, torch alone.
+
+Everything is computed in at least fp32: in fp16 `log(sigmoid(x))` is -inf below about -17, and two scores that
+differ tie by accident. B = pairs, T = tokens counted from any origin that the two texts of a pair share.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
+    """First position at which the two token sequences of each pair differ.
+
+    Args: chosen_ids, rejected_ids: [B, T] integers, padded alike. Returns: [B] int64.
+    Raises ValueError for other shapes, and for a pair whose two sides are the same.
+    """
+    _check_shapes(chosen_ids=chosen_ids, rejected_ids=rejected_ids, dims=2)
+    differs = chosen_ids != rejected_ids
+    same = ~differs.any(dim=1)
+    if same.any():
+        rows = same.nonzero().flatten().tolist()
+        raise ValueError(f"chosen_ids and rejected_ids are equal in rows {rows}: leave identical pairs out")
+    return differs.int().argmax(dim=1)  # argmax gives the first of equal maxima
+
+
+def divergence_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean over pairs of the mean over start <= t < end of -logsigmoid(c_t - r_t).
+
+    The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs. What
+    lies outside [start, end) has no influence, not even when it is infinite or nan.
+
+    Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T.
+    Returns: scalar in fp32 (fp64 for fp64 rewards).
+    Raises ValueError for other shapes and for an empty range. On a GPU ranges are not looked at, since that would
+    stop the queue every step: an empty one gives nan.
+    """
+    _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=2)
+    _check_shapes(start=start, end=end, dims=1)
+    if len(start) != len(chosen_rewards):
+        raise ValueError(f"start has {len(start)} entries for {len(chosen_rewards)} pairs of rewards")
+    if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= chosen_rewards.shape[1])).all():
+        raise ValueError(
+            f"expected 0 <= start < end <= {chosen_rewards.shape[1]} for every pair, "
+            f"got start={start.tolist()} end={end.tolist()}"
+        )
+    t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
+    inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
+    # Masked before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
+    difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)
+    per_token = -F.logsigmoid(difference).where(inside, 0.0)
+    return (per_token.sum(dim=1) / (end - start)).mean()
+
+
+def pairwise_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> Tensor:
+    """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin).
+
+    Margin as in Llama 2 (arXiv 2307.09288, eq. 2). Args: chosen_rewards, rejected_rewards: [B] floats; margin: [B] in
+    units of reward, or None for 0. Returns: scalar in fp32 (fp64 for fp64 rewards). Raises ValueError for other
+    shapes; in particular a [B, 1] margin is refused instead of being broadcast to [B, B].
+    """
+    _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
+    difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
+    if margin is not None:
+        _check_shapes(chosen_rewards=chosen_rewards, margin=margin, dims=1)
+        difference = difference - margin
+    return -F.logsigmoid(difference).mean()
+
+
+def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Share of pairs whose chosen reward is the greater one. A tie is not correct: a constant scorer has accuracy 0.
+
+    Args: chosen_rewards, rejected_rewards: [B] floats. Returns: scalar in 0..1, fp32. Raises ValueError for other shapes.
+    """
+    _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
+    return (chosen_rewards > rejected_rewards).float().mean()
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_shapes(*, dims: int, **tensors: Tensor) -> None:
+    (name_a, a), (name_b, b) = tensors.items()
+    if a.dim() != dims or a.shape != b.shape:
+        wanted = "[B, T]" if dims == 2 else "[B]"
+        raise ValueError(f"{name_a} and {name_b} must both be {wanted}, got {list(a.shape)} and {list(b.shape)}")
+    if a.numel() == 0:
+        raise ValueError(f"{name_a} and {name_b} are empty, {list(a.shape)}: at least one pair is needed")

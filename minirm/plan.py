@@ -1,0 +1,69 @@
+"""Which groups are computed in which step, micro-step and on which rank: a pure function, the same on every rank."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+# Groups are sorted by length within windows of so many steps: enough for rows of like length side by side, few enough
+# for every epoch to be another order.
+WINDOW_STEPS = 16
+
+
+class Step(NamedTuple):
+    """One optimizer step: micro_steps[m][rank] is a list of group indices, empty where there is nothing left to do."""
+
+    micro_steps: list[list[list[int]]]
+    pairs: int  # comparisons in the step, all ranks and micro-steps together: what its loss is divided by
+
+
+def make_plan(
+    lengths: Sequence[int],
+    pairs: Sequence[int],
+    *,
+    world_size: int,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+) -> list[Step]:
+    """Every group exactly once, in steps of world_size x batch_size x accumulation groups, the last one maybe shorter.
+
+    Args:
+        lengths: tokens of each group; groups of like length come together in a micro-step, on all ranks.
+        pairs: comparisons of each group.
+        world_size, batch_size, accumulation: ranks, groups per rank and micro-step, micro-steps per step.
+        seed, epoch: choose the order. shuffle=False: longest first, so that too little memory shows at once.
+    Which groups make up a step depends on the product of the three alone, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
+    """
+    assert len(lengths) == len(pairs), f"{len(lengths)} lengths for {len(pairs)} groups"
+    per_micro_step = world_size * batch_size
+    per_step = per_micro_step * accumulation
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+    def longest_first(groups: list[int]) -> list[int]:
+        return sorted(groups, key=lambda g: (-lengths[g], g))
+
+    if shuffle:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        window = per_step * WINDOW_STEPS
+        windows = [longest_first(order[i : i + window]) for i in range(0, len(order), window)]
+    else:
+        windows = [longest_first(list(range(len(lengths))))]
+    steps = []
+    for groups in windows:
+        for i in range(0, len(groups), per_step):
+            step = groups[i : i + per_step]
+            micro_steps = [step[j : j + per_micro_step] for j in range(0, len(step), per_micro_step)]
+            # Dealt out like cards: in a short micro-step no rank has two groups while another has none.
+            dealt = [[micro[rank::world_size] for rank in range(world_size)] for micro in micro_steps]
+            steps.append(Step(dealt, sum(pairs[g] for g in step)))
+    if shuffle:
+        steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+    return steps
+
+
+def steps_per_epoch(groups: int, world_size: int, batch_size: int, accumulation: int) -> int:
+    """How many steps `make_plan` makes of so many groups."""
+    return -(-groups // (world_size * batch_size * accumulation))

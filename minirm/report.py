@@ -1,0 +1,82 @@
+"""What a person reads when a run starts: what became of the data, what is frozen, and one pair as the model sees it."""
+
+from torch import nn
+
+from minirm.data import Prepared, common_prefix
+from minirm.freeze import Frozen
+
+
+def start_report(data: Prepared, tokenizer, model: nn.Module, frozen: Frozen, row_layout: str) -> str:
+    """Three paragraphs: the table of comparisons, the share that is trained, the marked pair."""
+    return "\n".join(
+        [
+            "",
+            data_table(data.report, row_layout),
+            "",
+            freeze_line(model, frozen),
+            "",
+            marked_pair(data.train[0], tokenizer),
+            "",
+        ]
+    )
+
+
+def data_table(report: dict, row_layout: str) -> str:
+    """Comparisons read, dropped and kept; tokens; and how far mere length would get."""
+    parts = [report["train"], report["eval"]]
+    lines = [("comparisons", "train", "held out")]
+
+    def line(name: str, key: str | None = None) -> None:
+        values = [part.get(key or name, 0) for part in parts]
+        if any(values) or name in ("read", "kept"):
+            lines.append((name, *(f"{value:,}" for value in values)))
+
+    line("read")
+    line("held out")
+    for reason in sorted({key for part in parts for key in part if key.startswith("dropped")}):
+        line(reason)
+    line("kept")
+    line("of them with the prompt cut", "kept, prompt cut")
+    line("of them with an answer cut", "kept, answer cut")
+    line("of them with a prompt of the training data", "prompt also in the training data")
+    line("prompts", "groups")
+    tokens = [(part["shared tokens"], part["separate tokens"]) for part in parts]
+    lines.append(("tokens, each answer with its prompt", *(f"{separate:,}" for _, separate in tokens)))
+    if row_layout == "shared":
+        lines.append(("tokens, each prompt once", *(f"{shared:,}" for shared, _ in tokens)))
+        lines.append(("saved", *(f"{1 - shared / separate:.1%}" for shared, separate in tokens)))
+    for which in ("longer", "shorter"):
+        lines.append(
+            (
+                f"the {which} answer is the chosen one",
+                *(f"{p[f'{which} answer chosen'] / p['kept']:.1%}" for p in parts),
+            )
+        )
+    width = max(len(name) for name, *_ in lines)
+    return "\n".join(f"{name:<{width}}  {a:>12}  {b:>12}" for name, a, b in lines)
+
+
+def freeze_line(model: nn.Module, frozen: Frozen) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = "no layer" if not frozen.layers else f"layers 0-{len(frozen.layers) - 1} of {frozen.total_layers}"
+    return f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
+
+
+def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
+    """The first comparison as decoded from its ids, scored tokens in [[ ]]; the end reward is read at the last one."""
+    prefix, chosen, rejected = (
+        group["prefix"],
+        *(group["completions"][group[side][0]] for side in ("chosen", "rejected")),
+    )
+    same = common_prefix([chosen, rejected])
+    shown = tokenizer.decode(prefix + chosen[:same])
+    lines = ["the first pair; what is scored stands in [[ ]], the reward of an answer is read at its last token:"]
+    lines.append(f"  both      {('...' if len(shown) > context else '') + shown[-context:]!r}")
+    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+        text = tokenizer.decode(ids[same:])
+        text = text if len(text) <= context else f"{text[: context // 2]} ... {text[-context // 2 :]}"
+        lines.append(
+            f"  {name:<8}  [[{text!r}]] {len(prefix) + len(ids)} tokens, the last is {tokenizer.decode(ids[-1:])!r}"
+        )
+    return "\n".join(lines)

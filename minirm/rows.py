@@ -1,0 +1,125 @@
+"""From groups of token ids to one batch: rows for the model, where each completion's rewards lie, and the pairs.
+
+    shared     [prefix | completion 1 | ... | completion K], positions of every completion restarting after the prefix
+    separate   [prefix | completion k], one row for each
+
+Rewards of completions are looked up by length, never by searching for a pad or EOS id.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirm.data import common_prefix
+
+PREFIX, PADDING = 0, -1  # in `segments`; the k-th completion of a row is k
+
+
+@dataclass
+class Batch:
+    """R rows of L places, K completions, P pairs; T = tokens of the longest completion."""
+
+    input_ids: Tensor  # [R, L] int64
+    position_ids: Tensor  # [R, L] int64: place in the text, not in the row
+    segments: Tensor  # [R, L] int32: PREFIX, number of the completion in its row, or PADDING
+    visible: Tensor  # [R, L] bool: may be attended to (padding may not, nor the pads of the published loss)
+    places: Tensor  # [K, T] int64: places of each completion's rewards in rewards.flatten(), the last one repeated
+    chosen: Tensor  # [P] int64: index of a completion
+    rejected: Tensor  # [P] int64
+    start: Tensor  # [P] int64: first place in the completions where the two differ
+    end: Tensor  # [P] int64: one behind the last place compared; both end rewards stand at end - 1
+    margin: Tensor  # [P] fp32
+    subset: list[str]  # [P]
+    tokens: int  # real tokens computed, without padding
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on `device`, sent without waiting."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix.
+
+        A completion that has ended keeps its end reward.
+        """
+        per_completion = rewards.flatten()[self.places]
+        return per_completion[self.chosen], per_completion[self.rejected]
+
+
+def collate(
+    groups: list[dict], *, row_layout: str, pad_id: int, row_limit: int, trlx_eos_id: int | None = None
+) -> Batch:
+    """Groups (see data.py) to one batch.
+
+    Args:
+        row_layout: "shared" or "separate".
+        pad_id: what stands in padding places; it is never looked at.
+        row_limit: longest shared row in tokens; a group that needs more gets several, each with the prefix.
+        trlx_eos_id: the EOS id for the published loss, else None. That loss takes EOS for padding: a text ends before
+            its EOS, and a shorter text goes on through pads (EOS ids), which nothing attends to but which do have
+            rewards, up to the end of the longer text.
+    """
+    rows: list[list[list[int]]] = []  # [row][segment]: token ids; segment 0 is the prefix
+    hidden: list[int] = []  # for each completion, how many of its last tokens are pads of the published loss
+    located: list[tuple[int, int, int]] = []  # for each completion: row, place in the row, length with pads
+    pairs = []  # (chosen, rejected, start, end, margin, subset)
+    for group in groups:
+        base, prefix, tails = len(located), group["prefix"], group["completions"]
+        length = [len(tail) for tail in tails]
+        padded = list(length)
+        for c, r, margin, subset in zip(group["chosen"], group["rejected"], group["margin"], group["subset"]):
+            end = max(length[c], length[r])
+            if trlx_eos_id is not None:
+                end = max(end - 1, 1)
+                padded[c], padded[r] = max(padded[c], end), max(padded[r], end)
+            # Two equal answers, which only evaluation meets, are compared at their end: a tie.
+            pairs.append((base + c, base + r, min(common_prefix([tails[c], tails[r]]), end - 1), end, margin, subset))
+        row: list[list[int]] | None = None
+        for tail, real, whole in zip(tails, length, padded):
+            if row is None or row_layout == "separate" or sum(map(len, row)) + whole > row_limit:
+                row = [prefix]
+                rows.append(row)
+            located.append((len(rows) - 1, sum(map(len, row)), whole))
+            row.append(tail + [trlx_eos_id] * (whole - real))
+            hidden.append(whole - real)
+
+    longest_text = max(len(row[0]) + max(map(len, row[1:])) for row in rows)
+    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    input_ids = torch.full(shape, pad_id)
+    # Through the padding positions count on, but not past those of the longest text: the model may have no more.
+    position_ids = torch.arange(shape[1]).clamp(max=longest_text - 1).repeat(shape[0], 1)
+    segments = torch.full(shape, PADDING, dtype=torch.int32)
+    visible = torch.zeros(shape, dtype=torch.bool)
+    completion = 0
+    for r, row in enumerate(rows):
+        place = 0
+        for number, ids in enumerate(row):
+            here = slice(place, place + len(ids))
+            input_ids[r, here] = torch.tensor(ids, dtype=torch.int64)
+            position_ids[r, here] = torch.arange(len(ids)) + (len(row[0]) if number else 0)
+            segments[r, here] = number
+            visible[r, here] = True
+            place += len(ids)
+            if number:
+                visible[r, place - hidden[completion] : place] = False
+                completion += 1
+
+    row_of, first, length = torch.tensor(located).unbind(1)
+    t = torch.arange(int(length.max()))
+    chosen, rejected, start, end = torch.tensor([pair[:4] for pair in pairs], dtype=torch.int64).view(-1, 4).unbind(1)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segments=segments,
+        visible=visible,
+        places=(row_of * shape[1] + first)[:, None] + torch.minimum(t, length[:, None] - 1),
+        chosen=chosen,
+        rejected=rejected,
+        start=start,
+        end=end,
+        margin=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
+        subset=[pair[5] for pair in pairs],
+        tokens=int((segments != PADDING).sum()),
+    )

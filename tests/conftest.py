@@ -1,0 +1,116 @@
+"""Tiny models, tokenizers and data that the tests share. Nothing is fetched from anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real comparisons, beside a checkout on some machines only
+WORDS = (
+    "the a good bad answer question is was not very short long clear wrong right helpful it this that and or".split()
+)
+
+# Families that are small in every dimension; each has its own names for the same things.
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
+CONFIGS = {
+    "gptj": lambda v: transformers.GPTJConfig(vocab_size=v, n_embd=32, n_layer=4, n_head=4, rotary_dim=4, n_positions=1024),
+    "gpt2": lambda v: transformers.GPT2Config(vocab_size=v, n_embd=32, n_layer=4, n_head=4),
+    "llama": lambda v: transformers.LlamaConfig(vocab_size=v, intermediate_size=64, num_key_value_heads=2, **SMALL),
+    "qwen2": lambda v: transformers.Qwen2Config(vocab_size=v, intermediate_size=64, num_key_value_heads=2, **SMALL),
+    "gpt_neox": lambda v: transformers.GPTNeoXConfig(vocab_size=v, intermediate_size=64, **SMALL),
+    "opt": lambda v: transformers.OPTConfig(
+        vocab_size=v, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=1024, **SMALL
+    ),
+}  # fmt: skip
+
+
+def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None):
+    """A byte-level BPE of a few hundred tokens: every text can be written with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token in (eos, pad, bos) if token]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts or [" ".join(WORDS)] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, bos_token=bos)
+
+
+def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
+    """A random causal language model with its tokenizer, as a user would have it in a folder."""
+    tokenizer = make_tokenizer()
+    config = CONFIGS[family](len(tokenizer))
+    config.update({"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None, **changes})
+    torch.manual_seed(seed)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_comparisons(count: int, seed: int = 0, per_prompt: int = 1) -> list[dict]:
+    """Comparisons of random words: 3 to 30 in a prompt, 5 to 20 in an answer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(low, high):
+        n = int(torch.randint(low, high + 1, (), generator=generator))
+        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator))
+
+    rows = []
+    while len(rows) < count:
+        prompt, best = f"{len(rows)} {text(3, 30)}", text(5, 20)
+        rows += [{"prompt": prompt, "chosen": best, "rejected": text(5, 20) + " x"} for _ in range(per_prompt)]
+    return rows[:count]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int = 240) -> subprocess.CompletedProcess:
+    """The real command, as typed: `python train.py flags`, or with torchrun for `processes` > 0."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    threads = str(max(1, (os.cpu_count() or 1) // max(1, processes)))
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": threads, **(env or {})},
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """model_folder("llama") -> a folder with that tiny model; made once a session."""
+    made = {}
+
+    def get(family: str, **changes) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(family), family, **changes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(autouse=True, scope="session")
+def caches(tmp_path_factory):
+    """Caches of the run go to a temporary folder."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))

@@ -1,0 +1,328 @@
+"""Train a reward model on pairs of answers: `torchrun --nproc_per_node 8 train.py`, or `python train.py`.
+
+Read from top to bottom: flags, then one explicit loop. The parts with mathematics in them are plain functions in
+minirm/. With no flags it trains a tiny model on embedded data, in minutes, on any machine.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+from minirm.attention import attention_mask
+from minirm.data import InputError, prepare
+from minirm.demo import DEMO_DEFAULTS, build_demo
+from minirm.freeze import freeze_bottom_layers
+from minirm.loss import divergence_loss, pairwise_loss
+from minirm.model import empty_model, export, load_config, load_weights
+from minirm.plan import make_plan, steps_per_epoch
+from minirm.report import start_report
+from minirm.rows import Batch, collate
+from minirm.shard import (
+    cast_frozen,
+    checkpoint_trained_blocks,
+    fill,
+    first_process_first,
+    gather,
+    shard,
+    start_processes,
+)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
+        raise InputError(message)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises InputError for unknown flags and values out of range."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    # fmt: off
+    add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
+    add("--train_data", default="demo", help=".jsonl .json .csv .parquet file, dataset name or name:split; demo: made here")
+    add("--eval_data", help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
+    add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
+    add("--separator", default="\n", help="put between prompt and answer, unless whitespace already stands there")
+    add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
+    add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
+    add("--overlong", default="truncate", choices=["truncate", "drop", "error"],
+        help="longer comparisons: cut the prompt from the left, leave them out, or stop")
+    add("--freeze_ratio", type=float, default=0.7, help="share of the bottom layers frozen; 0: train all, 1: the head alone")
+    add("--train_embeddings", action="store_true", help="train the embeddings; off: they are frozen with the layers")
+    add("--loss", default="divergence", choices=["divergence", "last", "trlx"],
+        help="every token from the first difference on, the end rewards alone, or trlx's as published, pads and all")
+    add("--row_layout", default="shared", choices=["shared", "separate"],
+        help="a row is a prompt with all its completions, or with one of them")
+    add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
+    add("--per_device_train_batch_size", type=int, default=1,
+        help="prompts, each with all its comparisons, per process and micro-step")
+    add("--gradient_accumulation_steps", type=int, default=4, help="micro-steps per optimizer step")
+    add("--num_train_epochs", type=float, default=5, help="passes over the training data")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: by epochs")
+    add("--learning_rate", type=float, default=1e-5, help="the highest of the schedule")
+    add("--warmup_steps", type=int, default=100, help="optimizer steps; 0: off")
+    add("--lr_scheduler_type", default="constant_with_warmup", help="a name as in transformers.get_scheduler",
+        choices=[kind.value for kind in transformers.SchedulerType], metavar="NAME")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW; 0: off")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: off")
+    add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at start and end")
+    add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
+    add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
+    add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.model == "demo":  # so small a model wants other values than one of billions of parameters
+        parser.set_defaults(**DEMO_DEFAULTS)
+        args = parser.parse_args(argv)
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "learning_rate",
+        "max_length",
+    ):
+        if not 0 < getattr(args, name) < math.inf and not (name == "learning_rate" and args.learning_rate == 0):
+            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if not 0 <= args.freeze_ratio <= 1:
+        raise InputError(f"--freeze_ratio must lie in 0..1, got {args.freeze_ratio}")
+    return args
+
+
+def comparison_loss(kind: str, batch: Batch, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[R, L] rewards -> (mean loss over the pairs [], chosen end rewards [P], rejected end rewards [P])."""
+    chosen, rejected = batch.pair_rewards(rewards)  # [P, T] each
+    last = (batch.end - 1)[:, None]
+    chosen_end, rejected_end = chosen.gather(1, last)[:, 0], rejected.gather(1, last)[:, 0]
+    if kind == "last":
+        return pairwise_loss(chosen_end, rejected_end, batch.margin), chosen_end, rejected_end
+    return divergence_loss(chosen, rejected, batch.start, batch.end), chosen_end, rejected_end
+
+
+def train(args: argparse.Namespace) -> None:
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
+    device, mesh = start_processes()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.precision == "auto":
+        args.precision = "fp16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES[args.precision]
+
+    # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
+    with first_process_first():
+        if "demo" in (args.model, args.train_data):
+            demo = build_demo(args.seed)
+            if args.train_data == "demo":
+                args.train_data, args.eval_data = str(demo.train), args.eval_data or str(demo.eval)
+            if args.model == "demo":
+                args.model = str(demo.model)
+        config, tokenizer = load_config(args.model)
+        model = empty_model(config)  # shapes without memory
+        try:
+            frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
+        except ValueError as error:
+            raise InputError(f"--model {args.model}: {error}") from None
+        data = prepare(
+            tokenizer,
+            args.train_data,
+            args.eval_data,
+            eval_fraction=args.eval_fraction,
+            separator=args.separator,
+            max_length=args.max_length,
+            overlong=args.overlong,
+            seed=args.seed,
+        )
+        if (largest := max(part["largest id"] for part in data.report.values())) >= config.vocab_size:
+            raise InputError(
+                f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the "
+                "two do not belong together"
+            )
+        longest = max(part["longest"] for part in data.report.values())
+        if longest > (positions := getattr(config, "max_position_embeddings", longest)):
+            raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; choose no more")
+    layout = args.row_layout
+    lengths = {part: getattr(data, part)[f"{layout}_tokens"][:] for part in ("train", "eval")}
+    pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
+    batch_size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
+    eval_plan = make_plan(
+        lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
+    )  # fmt: skip
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
+        print(start_report(data, tokenizer, model, frozen, layout))
+
+    # -- The model: empty on every rank, sharded, then filled from rank 0. ----------------------------------------------
+    if args.gradient_checkpointing:
+        checkpoint_trained_blocks(model)
+    cast_frozen(model, dtype)
+    shard(model, mesh, dtype)
+    source = load_weights(args.model, config, args.seed) if rank == 0 else None
+    fill(model, source, device)
+    del source
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # disabled: every call passes through
+
+    def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One forward pass over a rank's groups -> batch, loss [], and its pairs' end rewards, chosen [P], rejected [P]."""
+        # A rank that has nothing left computes some row all the same, since every rank has to enter every forward.
+        rows = [getattr(data, part)[g] for g in groups] or [{**data.train[0], "chosen": [], "rejected": []}]
+        batch = collate(
+            rows,
+            row_layout=layout,
+            pad_id=tokenizer.pad_token_id,
+            row_limit=2 * args.max_length,
+            trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
+        ).to(device)
+        mask = attention_mask(batch.segments, batch.position_ids, batch.visible, config, dtype)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
+        if not groups:
+            return batch, 0.0 * rewards.sum(), rewards[0, :0], rewards[0, :0]
+        return batch, *comparison_loss(args.loss, batch, rewards)
+
+    subsets = sorted({name for names in data.eval["subset"] for name in names} - {""})
+
+    @torch.no_grad()
+    def evaluate(step: int) -> dict:
+        """Every held-out pair once, whatever the number of ranks: sums over all ranks, then a division."""
+        sums = torch.zeros(5, dtype=torch.float64, device=device)  # pairs, loss, correct, ties, reward margin
+        by_subset = torch.zeros(len(subsets) + 1, 2, dtype=torch.float64, device=device)  # pairs, correct
+        for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
+            batch, loss, chosen, rejected = compute("eval", micro_step[rank])
+            correct = (chosen > rejected).double()
+            sums += torch.stack(
+                [torch.ones_like(correct).sum(), loss * len(chosen), correct.sum(),
+                 (chosen == rejected).sum(), (chosen - rejected).sum()]
+            )  # fmt: skip
+            where = [subsets.index(name) if name else len(subsets) for name in batch.subset]
+            where = torch.tensor(where, dtype=torch.int64, device=device)
+            by_subset.index_add_(0, where, torch.stack([torch.ones_like(correct), correct], dim=1))
+        dist.all_reduce(sums)
+        dist.all_reduce(by_subset)
+        n, loss, correct, ties, margin = sums.tolist()
+        row = {"step": step, "eval_loss": loss / n, "eval_accuracy": correct / n, "eval_ties": int(ties)}
+        row |= {"eval_pairs": int(n), "eval_reward_margin": margin / n}
+        return row | {f"eval_accuracy/{s}": right / of for s, (of, right) in zip(subsets, by_subset.tolist())}
+
+    def log(row: dict) -> None:
+        """One line of metrics.jsonl, on rank 0. What is not finite becomes null, so that every line is JSON."""
+        if rank == 0:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            with open(output / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if "eval_loss" in row:
+                bar.write(
+                    f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f}, loss {row['eval_loss']:.4f}, "
+                    f"reward margin {row['eval_reward_margin']:.4f} ({row['eval_pairs']} pairs, {row['eval_ties']} ties)"
+                )
+
+    # -- The loop. ------------------------------------------------------------------------------------------------------
+    bar = tqdm(total=total_steps, desc="training", unit="step", disable=rank > 0)
+    log(result := evaluate(0))
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # pairs, loss, correct, reward margin, tokens
+    skipped, since = 0, time.perf_counter()
+    for step in range(total_steps):
+        epoch, place = divmod(step, epoch_steps)
+        if place == 0:
+            plan = make_plan(
+                lengths["train"], pairs["train"], world_size=world_size, batch_size=batch_size,
+                accumulation=accumulation, seed=args.seed, epoch=epoch,
+            )  # fmt: skip
+        micro_steps, step_pairs = plan[place]
+        # One optimizer step, in this order:
+        #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
+        for m, micro_step in enumerate(micro_steps):
+            model.set_requires_gradient_sync(m == len(micro_steps) - 1)
+            batch, loss, chosen, rejected = compute("train", micro_step[rank])
+            loss_sum = loss * len(chosen)
+            # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the mean over its pairs
+            # exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
+            scaler.scale(loss_sum * world_size / step_pairs).backward()
+            with torch.no_grad():
+                correct, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
+                sums += torch.stack(
+                    [sums.new_tensor(len(chosen)), loss_sum, correct, margin, sums.new_tensor(batch.tokens)]
+                )
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)  # leaves the parameters alone if any rank has an inf or nan
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if scaler.get_scale() < scale:
+            skipped += 1
+        else:  # the schedule moves only when the optimizer did
+            scheduler.step()
+        step += 1
+        bar.update()
+
+        if (args.logging_steps and step % args.logging_steps == 0) or step == total_steps:
+            dist.all_reduce(sums)
+            n, loss, correct, margin, tokens = sums.tolist()
+            seconds = time.perf_counter() - since
+            row = {"step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n}
+            row |= {"reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0]}
+            row |= {
+                "grad_norm": grad_norm.full_tensor().item(),
+                "loss_scale": scaler.get_scale(),
+                "skipped_steps": skipped,
+            }
+            row |= {"pairs": int(n), "tokens": int(tokens)}
+            row |= {"pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds}
+            log(row)
+            bar.set_postfix_str(f"loss {loss / n:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
+            sums.zero_()
+            since = time.perf_counter()
+        if (args.eval_steps and step % args.eval_steps == 0) or step == total_steps:
+            paused = time.perf_counter()
+            log(result := evaluate(step))
+            since += time.perf_counter() - paused
+    bar.close()
+
+    # -- The trained model, for everybody. ------------------------------------------------------------------------------
+    state = gather(model, dtype)
+    if rank == 0:
+        export(state, config, tokenizer, output)
+        print(
+            f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs; the model is in {output}, load "
+            "it with AutoModelForSequenceClassification.from_pretrained"
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # missing weights are refused in load_weights, all else is expected
+    try:
+        train(parse_args(argv))
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
