@@ -18,14 +18,14 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from minirm.attention import attention_mask
+from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.data import InputError, prepare
 from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import freeze_bottom_layers
 from minirm.loss import divergence_loss, pairwise_loss
 from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
-from minirm.report import start_report
+from minirm.report import model_card, start_report
 from minirm.rows import Batch, collate
 from minirm.shard import (
     cast_frozen,
@@ -70,11 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="prompts, each with all its comparisons, per process and micro-step")
     add("--gradient_accumulation_steps", type=int, default=4, help="micro-steps per optimizer step")
     add("--num_train_epochs", type=float, default=5, help="passes over the training data")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: by epochs")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: by epochs, 0: only evaluate")
     add("--learning_rate", type=float, default=1e-5, help="the highest of the schedule")
     add("--warmup_steps", type=int, default=100, help="optimizer steps; 0: off")
     add("--lr_scheduler_type", default="constant_with_warmup", help="a name as in transformers.get_scheduler",
-        choices=[kind.value for kind in transformers.SchedulerType], metavar="NAME")
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+                 "inverse_sqrt"])
     add("--weight_decay", type=float, default=0.0, help="of AdamW; 0: off")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: off")
     add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at start and end")
@@ -86,16 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model == "demo":  # so small a model wants other values than one of billions of parameters
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
-    for name in (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "learning_rate",
-        "max_length",
-    ):
-        if not 0 < getattr(args, name) < math.inf and not (name == "learning_rate" and args.learning_rate == 0):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length"):
+        if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps"):
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not 0 <= args.freeze_ratio <= 1:
@@ -133,6 +128,7 @@ def train(args: argparse.Namespace) -> None:
                 args.model = str(demo.model)
         config, tokenizer = load_config(args.model)
         model = empty_model(config)  # shapes without memory
+        use_sdpa(model.trunk)
         try:
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
         except ValueError as error:
@@ -155,12 +151,15 @@ def train(args: argparse.Namespace) -> None:
         longest = max(part["longest"] for part in data.report.values())
         if longest > (positions := getattr(config, "max_position_embeddings", longest)):
             raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; choose no more")
-    layout = args.row_layout
+    # Shared rows are exact or not used: a small model of the same kind decides, before any weight is loaded.
+    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
+    layout = "separate" if not_shared else args.row_layout
+
     lengths = {part: getattr(data, part)[f"{layout}_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
     batch_size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
+    total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
     eval_plan = make_plan(
         lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
     )  # fmt: skip
@@ -168,6 +167,8 @@ def train(args: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
         print(start_report(data, tokenizer, model, frozen, layout))
+        if not_shared:
+            print(f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}\n")
 
     # -- The model: empty on every rank, sharded, then filled from rank 0. ----------------------------------------------
     if args.gradient_checkpointing:
@@ -193,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
             row_limit=2 * args.max_length,
             trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
         ).to(device)
-        mask = attention_mask(batch.segments, batch.position_ids, batch.visible, config, dtype)
+        mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
         if not groups:
@@ -239,7 +240,9 @@ def train(args: argparse.Namespace) -> None:
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, desc="training", unit="step", disable=rank > 0)
     log(result := evaluate(0))
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # pairs, loss, correct, reward margin, tokens
+    # Of this rank, since the row before:
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, reward margin
+    seen = torch.zeros(4, dtype=torch.float64)  # pairs, tokens, places with padding, tokens without sharing
     skipped, since = 0, time.perf_counter()
     for step in range(total_steps):
         epoch, place = divmod(step, epoch_steps)
@@ -258,11 +261,9 @@ def train(args: argparse.Namespace) -> None:
             # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the mean over its pairs
             # exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
             scaler.scale(loss_sum * world_size / step_pairs).backward()
-            with torch.no_grad():
-                correct, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
-                sums += torch.stack(
-                    [sums.new_tensor(len(chosen)), loss_sum, correct, margin, sums.new_tensor(batch.tokens)]
-                )
+            if micro_step[rank]:  # what a rank computes only to keep step does not count
+                sums += torch.stack([loss_sum, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
+                seen += torch.tensor([len(chosen), batch.tokens, batch.input_ids.numel(), batch.separate_tokens])
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
         scale = scaler.get_scale()
@@ -277,21 +278,20 @@ def train(args: argparse.Namespace) -> None:
         bar.update()
 
         if (args.logging_steps and step % args.logging_steps == 0) or step == total_steps:
-            dist.all_reduce(sums)
-            n, loss, correct, margin, tokens = sums.tolist()
             seconds = time.perf_counter() - since
-            row = {"step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n}
-            row |= {"reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0]}
-            row |= {
-                "grad_norm": grad_norm.full_tensor().item(),
-                "loss_scale": scaler.get_scale(),
-                "skipped_steps": skipped,
-            }
-            row |= {"pairs": int(n), "tokens": int(tokens)}
-            row |= {"pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds}
+            totals = torch.cat([sums, seen.to(device)])
+            dist.all_reduce(totals)
+            loss, correct, margin, n, tokens, places, separate = totals.tolist()
+            row = {
+                "step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n,
+                "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],
+                "grad_norm": grad_norm.full_tensor().item(), "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
+                "pairs": int(n), "tokens": int(tokens), "padding": 1 - tokens / places,
+                "tokens_saved": 1 - tokens / separate, "pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds,
+            }  # fmt: skip
             log(row)
             bar.set_postfix_str(f"loss {loss / n:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
-            sums.zero_()
+            sums.zero_(), seen.zero_()
             since = time.perf_counter()
         if (args.eval_steps and step % args.eval_steps == 0) or step == total_steps:
             paused = time.perf_counter()
@@ -303,6 +303,7 @@ def train(args: argparse.Namespace) -> None:
     state = gather(model, dtype)
     if rank == 0:
         export(state, config, tokenizer, output)
+        (output / "README.md").write_text(model_card(args, data.report, result))
         print(
             f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs; the model is in {output}, load "
             "it with AutoModelForSequenceClassification.from_pretrained"

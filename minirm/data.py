@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ class Comparison(NamedTuple):
     rejected: str
     margin: float | None
     subset: str
+    where: str = ""  # "file:line"
 
 
 class Prepared(NamedTuple):
@@ -66,17 +68,34 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             try:
                 yield from reader(source, file)
-            except UnicodeDecodeError as error:
-                raise InputError(f"{source}: not UTF-8 ({one_line(error)}); save the file as UTF-8") from None
+            except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
+                line = _first_line_not_utf8(path)
+                raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     else:
         yield from ((f"{source}, row {i}", row) for i, row in enumerate(_load(source), 1))
+
+
+def _first_line_not_utf8(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(f"{path} was changed while it was being read")
 
 
 def _read_csv(source, file):
     csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
     reader = csv.DictReader(file, strict=True)
     try:
-        yield from ((f"{source}:{reader.line_num}", row) for row in reader)
+        for row in reader:
+            if None in row:  # a comma in a text without quotes: the text would end there without a word
+                raise InputError(
+                    f"{source}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
+                    f"{len(reader.fieldnames)} column names; put texts with commas in double quotes"
+                )
+            yield f"{source}:{reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{source}:{reader.line_num}: not CSV ({error})") from None
 
@@ -88,9 +107,10 @@ def _read_json(source, file):
     if character != "[":  # many .json files hold one object a line
         yield from _read_json_lines(source, file)
         return
+    text = file.read()
     try:
-        rows = json.load(file)
-    except (json.JSONDecodeError, RecursionError) as error:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
         raise InputError(f"{source}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
     yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
 
@@ -100,7 +120,7 @@ def _read_json_lines(source, file):
         if line.strip():
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
                 ) from None
@@ -132,7 +152,7 @@ def fingerprint(source: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def to_comparison(row: dict, where: str) -> Comparison:
@@ -146,10 +166,12 @@ def to_comparison(row: dict, where: str) -> Comparison:
                 f"{where}: no column '{column}'; expected prompt (optional), chosen, rejected; found {found}"
             )
     texts = []
-    for column in ("prompt", "chosen", "rejected"):
+    for column in ("prompt", "chosen", "rejected", "subset"):
         text = row.get(column)
-        if column == "prompt" and text is None:
+        if column in ("prompt", "subset") and text is None:
             text = ""
+        if column == "subset":
+            text = str(text)
         if not isinstance(text, str):
             raise InputError(f"{where}: '{column}' must be a string, got {_shown(text)}")
         try:
@@ -157,15 +179,18 @@ def to_comparison(row: dict, where: str) -> Comparison:
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
             raise InputError(f"{where}: '{column}' is not valid Unicode ({one_line(error)})") from None
         texts.append(text)
-    margin = row.get("margin")
-    if margin is not None and margin != "":
+    prompt, chosen, rejected, subset = texts
+    margin = None if row.get("margin") == "" else row.get("margin")
+    if margin is not None:
         try:
+            if isinstance(margin, bool):
+                raise TypeError
             margin = float(margin)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: 'margin' must be a number, got {_shown(row['margin'])}") from None
         if not 0 <= margin < math.inf:
             raise InputError(f"{where}: 'margin' must be finite and not negative, got {margin}; swap the two answers")
-    return Comparison(*texts, None if margin == "" else margin, str(row.get("subset") or ""))
+    return Comparison(prompt, chosen, rejected, margin, subset, where)
 
 
 def _shown(value) -> str:
@@ -271,16 +296,18 @@ def tokenise(
                 sides = [
                     ids_of[join(comparison.prompt, a, separator)] for a in (comparison.chosen, comparison.rejected)
                 ]
-                cut, sides = fit(sides, comparison.prompt, tokenizer, counts, max_length, overlong, measured)
-                if sides and sides[0] == sides[1] and not measured:
+                if sides[0] == sides[1] and not measured:
                     counts["dropped: same tokens"] += 1
-                elif sides:
+                    continue
+                cut, sides = fit(sides, comparison, tokenizer, counts, max_length, overlong, measured)
+                if sides:
                     by_cut.setdefault(cut, []).append((comparison, sides))
+            counts["prompts"] += bool(by_cut)
             for members in by_cut.values():
                 yield to_group(members, counts)
 
 
-def fit(sides, prompt, tokenizer, counts, max_length, overlong, measured) -> tuple[int, list[list[int]]]:
+def fit(sides, comparison, tokenizer, counts, max_length, overlong, measured) -> tuple[int, list[list[int]]]:
     """(tokens cut out of the prompt, the two texts of a comparison), the latter empty if it is dropped."""
     longest = max(map(len, sides))
     cut = longest - max_length
@@ -288,14 +315,14 @@ def fit(sides, prompt, tokenizer, counts, max_length, overlong, measured) -> tup
         return 0, sides
     if overlong == "error":
         raise InputError(
-            f"a comparison has {longest} tokens, --max_length is {max_length}, its prompt begins {prompt[:60]!r}; raise "
-            "--max_length, or choose --overlong truncate or drop"
+            f"{comparison.where}: {longest} tokens, --max_length is {max_length}; raise --max_length, or choose --overlong "
+            "truncate or drop"
         )
     if overlong == "drop":
         counts["dropped: longer than --max_length"] += 1
         return 0, []
     # The prompt ends where the ids stop being those of the prompt alone.
-    alone = encode(tokenizer, [prompt], eos=False)[0]
+    alone = encode(tokenizer, [comparison.prompt], eos=False)[0]
     keep = int(alone[:1] == [tokenizer.bos_token_id] and sides[0][:1] == alone[:1])
     room = common_prefix([alone, *sides]) - keep
     if cut > room and not measured:
@@ -319,7 +346,6 @@ def to_group(members: list[tuple[Comparison, list[list[int]]]], counts: Counter)
     shared_tokens = separate_tokens - shared * (len(texts) - 1)
     lengths = [(len(texts[c]), len(texts[r])) for c, r in pairs]
     counts["kept"] += len(members)
-    counts["groups"] += 1
     counts["shared tokens"] += shared_tokens
     counts["separate tokens"] += separate_tokens
     counts["longer answer chosen"] += sum(c > r for c, r in lengths)
@@ -377,7 +403,7 @@ def prepare(
     """
     if overlong not in ("truncate", "drop", "error"):
         raise InputError(f"--overlong must be truncate, drop or error, got {overlong!r}")
-    if eval_data is None and not 0 < eval_fraction < 1:
+    if not eval_data and not 0 < eval_fraction < 1:
         raise InputError(f"--eval_fraction must lie between 0 and 1, got {eval_fraction}")
     if not 0 < max_length:
         raise InputError(f"--max_length must be positive, got {max_length}")
@@ -388,13 +414,13 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        temporary = folder.with_name(f"{key}.{os.getpid()}")
+        temporary = folder.with_name(f"{key}.{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
         try:
             counts = {"train": Counter(), "eval": Counter()}
             parts = read_parts(train_data, eval_data, eval_fraction, seed, counts)
             for part, comparisons in parts.items():
-                measured = part == "eval" and eval_data is not None
+                measured = part == "eval" and bool(eval_data)
                 groups = tokenise(comparisons, tokenizer, counts[part], measured=measured, **rules)
                 with ArrowWriter(path=str(temporary / f"{part}.arrow"), features=FEATURES) as writer:
                     for group in groups:
@@ -410,7 +436,8 @@ def prepare(
     report = json.loads((folder / "report.json").read_text())
     for part, source in (("train", train_data), ("eval", eval_data or train_data)):
         if not report[part].get("kept"):
-            why = ", ".join(f"{n:,} {why}" for why, n in report[part].items() if why != "read") or "no rows"
+            left_out = ((n, why) for why, n in report[part].items() if why.startswith(("dropped", "held out")))
+            why = ", ".join(f"{n:,} {why}" for n, why in left_out if n) or "no rows"
             raise InputError(
                 f"{source}: nothing left to {part} on: {report[part].get('read', 0):,} comparisons read; {why}"
             )

@@ -63,7 +63,7 @@ def pairwise_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tens
     difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
     if margin is not None:
         _check_shapes(chosen_rewards=chosen_rewards, margin=margin, dims=1)
-        difference = difference - margin
+        difference = difference - margin.to(difference.dtype)
     return -F.logsigmoid(difference).mean()
 
 

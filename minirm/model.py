@@ -1,5 +1,6 @@
 """The reward model: any transformers decoder as trunk and a linear head; loading it, and saving it for others."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -36,7 +37,9 @@ class RewardModel(nn.Module):
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
         # fp32 whatever autocast says: half-precision rewards would tie by accident.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(hidden.float()).squeeze(-1)
+            return (
+                self.score(hidden.float()).squeeze(-1).clone()
+            )  # FSDP warns of views, which cannot be changed in place
 
 
 def init_head(hidden_size: int, seed: int) -> Tensor:
@@ -51,8 +54,8 @@ def load_config(name: str):
     Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # False: else it asks on the terminal
+    except Exception as error:  # of many kinds, huggingface_hub's among them
         raise InputError(
             f"--model {name}: no such model folder or name, or not one for transformers ({one_line(error)})"
         )
@@ -66,9 +69,20 @@ def load_config(name: str):
             f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing "
             "could load the trained reward model; choose another model family"
         )
+    theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        with torch.device("meta"):
+            names = theirs._from_config(copy.deepcopy(config)).state_dict()
+    except Exception as error:
+        raise InputError(f"--model {name}: transformers cannot make a model of its config.json ({one_line(error)})")
+    if heads := {n for n in names if not n.startswith(theirs.base_model_prefix + ".")} - {"score.weight"}:
+        raise InputError(
+            f"--model {name}: {theirs.__name__} is more than a linear head on the last token ({', '.join(sorted(heads))}), "
+            "so it could not load the trained reward model; choose another model family"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
         raise InputError(f"--model {name}: its tokenizer cannot be loaded ({one_line(error)})")
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, at which the reward is read; set eos_token")
@@ -86,13 +100,16 @@ def load_config(name: str):
 def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
     """Weights and buffers by the names of RewardModel, on the CPU, as they are stored.
 
-    The head is a new one, or, where `name` already is a reward model, that one's. Raises InputError if weights are
-    missing from the checkpoint.
+    The head is a new one, or, where `name` already is a reward model, that one's. Raises InputError if weights cannot
+    be loaded or are missing from the checkpoint.
     """
     rewards = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if rewards else AutoModel
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
-    model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
+    try:
+        model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
+    except Exception as error:  # no weights there, half a file, other shapes than in config.json
+        raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"--model {name}: weights missing from the checkpoint: {', '.join(missing[:5])} ({len(missing)})"
@@ -108,7 +125,7 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
 def empty_model(config) -> RewardModel:
     """The model without weights or memory (on the meta device), in fp32, in evaluation mode: dropout is off for good."""
     with torch.device("meta"):
-        return RewardModel(AutoModel.from_config(config, dtype=torch.float32)).eval()
+        return RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)).eval()
 
 
 def export(state: dict[str, Tensor], config, tokenizer, folder: Path) -> None:

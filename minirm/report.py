@@ -39,7 +39,7 @@ def data_table(report: dict, row_layout: str) -> str:
     line("of them with the prompt cut", "kept, prompt cut")
     line("of them with an answer cut", "kept, answer cut")
     line("of them with a prompt of the training data", "prompt also in the training data")
-    line("prompts", "groups")
+    line("prompts")
     tokens = [(part["shared tokens"], part["separate tokens"]) for part in parts]
     lines.append(("tokens, each answer with its prompt", *(f"{separate:,}" for _, separate in tokens)))
     if row_layout == "shared":
@@ -80,3 +80,38 @@ def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
             f"  {name:<8}  [[{text!r}]] {len(prefix) + len(ids)} tokens, the last is {tokenizer.decode(ids[-1:])!r}"
         )
     return "\n".join(lines)
+
+
+def model_card(args, report: dict, result: dict) -> str:
+    """README.md of a trained model: what it is, what it was trained on, how good it is, how to load it."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model]
+---
+
+# A reward model
+
+Scores how good an answer to a prompt is; higher is better, and only differences between answers to one prompt mean
+anything. Trained with minirm from `{args.model}`.
+
+| | |
+| --- | --- |
+| held-out accuracy | {result["eval_accuracy"]:.4f} on {result["eval_pairs"]:,} pairs ({result["eval_ties"]} ties, counted as wrong) |
+| held-out loss | {result["eval_loss"]:.4f} |
+| trained on | {report["train"]["kept"]:,} pairs, {report["train"]["prompts"]:,} prompts, {result["step"]:,} optimizer steps |
+| recipe | `--loss {args.loss} --freeze_ratio {args.freeze_ratio} --learning_rate {args.learning_rate}` in {args.precision} |
+
+The reward is read at the EOS token, so end every text with it:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+text = prompt + {args.separator!r} + answer + tokenizer.eos_token
+with torch.no_grad():
+    reward = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]
+```
+"""

@@ -33,6 +33,7 @@ class Batch:
     margin: Tensor  # [P] fp32
     subset: list[str]  # [P]
     tokens: int  # real tokens computed, without padding
+    separate_tokens: int  # what they would be with every completion in a row of its own
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, sent without waiting."""
@@ -121,5 +122,6 @@ def collate(
         end=end,
         margin=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
         subset=[pair[5] for pair in pairs],
-        tokens=int((segments != PADDING).sum()),
+        tokens=sum(len(ids) for row in rows for ids in row),
+        separate_tokens=sum(len(row[0]) + len(ids) for row in rows for ids in row[1:]),
     )

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from minirm.data import InputError
 from minirm.freeze import find_blocks
 
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
@@ -44,14 +45,26 @@ def local_rank() -> int:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process of each machine runs the block, then the others do, who find its files there."""
+    """The first process of each machine runs the block, then the others do, who find its files there.
+
+    If the block raises InputError on a first process, it does so everywhere: all end alike.
+    """
     group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    if local_rank() > 0:
-        dist.barrier(group)
-    yield
-    if local_rank() == 0:
-        dist.barrier(group)
-    dist.destroy_process_group(group)
+    refused = torch.zeros(1)
+    try:
+        if local_rank() > 0:
+            dist.all_reduce(refused, group=group)
+            if refused.item():
+                raise InputError("another process refused the input")
+        yield
+    except InputError:
+        refused += 1
+        raise
+    finally:
+        if local_rank() == 0:
+            dist.all_reduce(refused, group=group)
+    if refused.item():
+        raise InputError("another machine refused the input")
 
 
 def checkpoint_trained_blocks(model: nn.Module) -> None:
