@@ -28,7 +28,7 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: nn.Module):
         super().__init__()
         self.trunk = trunk
-        self.score = nn.Linear(trunk.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32)
+        self.score = nn.Linear(width(trunk.config), 1, bias=False, dtype=torch.float32)
 
     def forward(self, input_ids: Tensor, attention_mask=None, position_ids: Tensor | None = None) -> Tensor:
         """input_ids, position_ids: [R, L] int64; attention_mask: what the trunk takes -> rewards [R, L] in fp32."""
@@ -37,9 +37,14 @@ class RewardModel(nn.Module):
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
         # fp32 whatever autocast says: half-precision rewards would tie by accident.
         with torch.autocast(hidden.device.type, enabled=False):
-            return (
-                self.score(hidden.float()).squeeze(-1).clone()
-            )  # FSDP warns of views, which cannot be changed in place
+            rewards = self.score(hidden.float()).squeeze(-1)
+            return rewards.clone()  # FSDP warns of views, which cannot be changed in place
+
+
+def width(config) -> int:
+    """Numbers per token that come out of the trunk. OPT-350m projects its hidden states down once more."""
+    config = config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
 def init_head(hidden_size: int, seed: int) -> Tensor:
@@ -116,9 +121,11 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
         )
     trunk = model.base_model
     if config.vocab_size > trunk.get_input_embeddings().num_embeddings:
-        trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)  # the pad token is never looked at
+        known = trunk.get_input_embeddings().num_embeddings
+        trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+        trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
     weights = {f"trunk.{key}": value for key, value in [*trunk.named_parameters(), *trunk.named_buffers()]}
-    head = model.score.weight if rewards and stored.num_labels == 1 else init_head(trunk.config.hidden_size, seed)
+    head = model.score.weight if rewards and stored.num_labels == 1 else init_head(width(trunk.config), seed)
     return weights | {"score.weight": head}
 
 

@@ -1,0 +1,427 @@
+"""Shared rows against one sequence per completion: masks, the probe, SDPA for GPT-J and GPT-Neo.
+
+    python -m pytest tests/test_attention.py
+
+Needs torch and transformers, no GPU, no network; half a minute on one core. The reference is the slow way: every
+completion behind its own copy of the prefix, as a sequence [1, n] without padding or mask, in the unmodified model.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModel
+from transformers.utils import logging
+
+from minirm import attention
+from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
+
+WINDOW = 5  # shorter than nearly all texts below
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
+NEO = {k: SIZES[k] for k in ("vocab_size", "hidden_size")} | {
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA = LLAMA | {"head_dim": 8}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+# name: (class of config, its values). hidden_size and the like are common names that every one of them understands.
+FAMILIES = {
+    "gpt2": ("gpt2", SIZES),
+    "gptj": ("gptj", SIZES | {"rotary_dim": 4}),
+    "gpt_neo": ("gpt_neo", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW}),
+    "gpt_neox": ("gpt_neox", SIZES | {"intermediate_size": 48}),
+    "opt": ("opt", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}),
+    "llama": ("llama", LLAMA),
+    "llama, yarn": ("llama", LLAMA | {"rope_parameters": YARN}),
+    "mistral": ("mistral", LLAMA | {"sliding_window": None}),
+    "mistral, window": ("mistral", LLAMA | {"sliding_window": WINDOW}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2, windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 8}),
+    "gemma": ("gemma", GEMMA),
+    "gemma2": ("gemma2", GEMMA | {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "layer_types": MIXED}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "layer_types": MIXED}),
+    "phi": ("phi", SIZES | {"intermediate_size": 48}),
+    "phi3, window": ("phi3", LLAMA | {"sliding_window": WINDOW}),
+    "stablelm": ("stablelm", LLAMA),
+    "olmo2": ("olmo2", LLAMA),
+    "olmo3": ("olmo3", LLAMA | {"sliding_window": WINDOW, "layer_types": MIXED}),
+    "gpt_oss": ("gpt_oss", GEMMA | {"sliding_window": WINDOW, "num_local_experts": 4, "layer_types": MIXED}),
+    "falcon": ("falcon", SIZES),
+}
+REFUSED = {
+    "bloom": ("bloom", SIZES),
+    "mpt": ("mpt", SIZES),
+    "falcon, alibi": ("falcon", SIZES | {"alibi": True}),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}),
+    "recurrent_gemma": ("recurrent_gemma", LLAMA),
+    "gemma3, both ways": ("gemma3_text", FAMILIES["gemma3"][1] | {"use_bidirectional_attention": True}),
+}
+
+# A row each: (length of the prefix, lengths of the completions); all padded to the longest.
+ROWS = [(7, [6, 9]), (5, [3, 1, 4, 8, 2]), (0, [8, 6]), (6, [4, 9])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads: four times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(family, implementation=None):
+    """A random model, evaluation mode, with biases and attention away from their tame initial values."""
+    kind, values = {**FAMILIES, **REFUSED}[family]
+    torch.manual_seed(0)
+    options = {} if implementation is None else {"attn_implementation": implementation}
+    model = AutoModel.from_config(CONFIG_MAPPING[kind](**values), dtype=torch.float32, **options).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def batch(rows=ROWS):
+    """ids, segments, positions [R, L], and texts: (row, slice of the completion, ids [n], length of the prefix)."""
+    torch.manual_seed(1)
+    length = max(prefix + sum(tails) for prefix, tails in rows) + 3
+    ids = torch.randint(1, 64, (len(rows), length))
+    segments, positions, texts = torch.full_like(ids, -1), torch.zeros_like(ids), []
+    for r, (prefix, tails) in enumerate(rows):
+        segments[r, :prefix] = 0
+        positions[r, :prefix] = torch.arange(prefix)
+        end = prefix
+        for k, tail in enumerate(tails, start=1):
+            place = slice(end, end + tail)
+            if tails == [4, 9] and k == 2:  # the first completion is the beginning of the second
+                ids[r, end : end + 4] = ids[r, end - 4 : end]
+            segments[r, place], positions[r, place] = k, torch.arange(prefix, prefix + tail)
+            texts.append((r, place, torch.cat([ids[r, :prefix], ids[r, place]]), prefix))
+            end += tail
+    return ids, segments, positions, texts
+
+
+def shared_states(model, ids, segments, positions, visible=None):
+    visible = segments >= 0 if visible is None else visible
+    mask = attention_mask(segments, positions, visible, model.config, torch.float32)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def gradients(model, states):
+    """Of one random linear function of the states (always the same one), by parameter."""
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+    names, parameters = zip(*model.named_parameters())
+    found = torch.autograd.grad((states * weights).sum(), parameters, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found)}
+
+
+def assert_close(got, want, what="", floor=0.0, tolerance=1e-5):
+    assert (got - want).abs().max() <= tolerance * max(want.abs().max(), floor), what
+
+
+def assert_close_gradients(got, want):
+    # Some are zero but for rounding (a bias on the keys drops out of the softmax): so at least 1 % of the largest.
+    floor = 0.01 * max(g.abs().max() for g in want.values())
+    for name in want:
+        assert_close(got[name], want[name], name, floor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("eager", [False, True], ids=["sdpa where there is", "eager"])
+def test_shared_rows_equal_one_sequence_per_completion(family, eager):
+    if family == "gpt_neo" and eager:
+        pytest.skip("needs use_sdpa, see test_gpt_neo_needs_use_sdpa")
+    model = make(family, "eager" if eager else None)
+    ids, segments, positions, texts = batch()
+    separate = [model(input_ids=text[None], use_cache=False).last_hidden_state[0, p:] for _, _, text, p in texts]
+    want = gradients(model, torch.cat(separate))
+    if not eager:
+        use_sdpa(model)
+    states = shared_states(model, ids, segments, positions)
+    for (r, place, _, _), one in zip(texts, separate):
+        assert_close(states[r, place], one, f"row {r}, {place}")
+    assert_close_gradients(gradients(model, torch.cat([states[r, place] for r, place, _, _ in texts])), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_invisible_tokens_have_states_but_are_no_keys(family):
+    """The last three tokens of some completions are invisible: as pads that have rewards in one published loss."""
+    model = make(family)
+    ids, segments, positions, texts = batch()
+    visible = segments >= 0
+    for r, place, _, _ in texts[::2]:
+        visible[r, place.stop - 3 : place.stop] = False
+        visible[r, place.start] = True  # where the completion is that short
+    separate = []
+    for r, place, text, prefix in texts:
+        keys = torch.cat([visible[r, :prefix], visible[r, place]])[None].long()
+        kwargs = {"attention_mask": keys, "position_ids": torch.arange(len(text))[None], "use_cache": False}
+        separate.append(model(input_ids=text[None], **kwargs).last_hidden_state[0, prefix:])
+    want = gradients(model, torch.cat(separate))
+    use_sdpa(model)
+    states = shared_states(model, ids, segments, positions, visible)
+    shared = torch.cat([states[r, place] for r, place, _, _ in texts])
+    assert_close(shared, torch.cat(separate))
+    assert_close_gradients(gradients(model, shared), want)
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo", "llama", "mistral, window", "gemma2", "falcon"])
+def test_padding_changes_nothing_and_makes_no_nan(family):
+    model = make(family)
+    use_sdpa(model)
+    ids, segments, positions, _ = batch()
+    real = segments >= 0
+    states = shared_states(model, ids, segments, positions)
+    assert states.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients(model, states).values())  # through padding queries, too
+    other = shared_states(model, torch.where(real, ids, 5), segments, positions)
+    assert torch.equal(states[real], other[real])
+
+
+def test_a_mask_written_out_by_hand():
+    """Prefix 2, completions of 2 and 3 tokens, one padding; a window of 3 by position; place 6 is invisible."""
+    segments = torch.tensor([[0, 0, 1, 1, 2, 2, 2, -1]])
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0]])
+    visible = torch.tensor([[True, True, True, True, True, True, False, False]])
+    config = CONFIG_MAPPING["qwen2"](layer_types=MIXED, num_hidden_layers=3, use_sliding_window=True, sliding_window=3)
+    config._attn_implementation = "sdpa"
+    masks = attention_mask(segments, positions, visible, config, torch.float16)
+    full = """
+        1.......
+        11......
+        111.....
+        1111....
+        11..1...
+        11..11..
+        11..11..
+        11......"""
+    window = """
+        1.......
+        11......
+        111.....
+        .111....
+        11..1...
+        .1..11..
+        ....11..
+        11......"""  # of the padding's row all that matters is that it is not empty
+    for kind, picture in (("full_attention", full), ("sliding_attention", window)):
+        want = torch.tensor([[c == "1" for c in line.strip()] for line in picture.split()])
+        assert masks[kind].shape == (1, 1, 8, 8) and masks[kind].dtype == torch.float16
+        assert torch.equal(masks[kind][0, 0] == 0, want)
+        assert (masks[kind][0, 0][~want] == torch.finfo(torch.float16).min).all()
+
+
+def test_rows_of_one_completion_need_no_mask():
+    segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, -1, -1]])
+    positions = torch.arange(5).repeat(2, 1)
+    visible, config = segments >= 0, make("llama").config
+    assert attention_mask(segments, positions, visible, config, torch.float32) is None
+    visible[0, 3:] = False
+    assert torch.equal(attention_mask(segments, positions, visible, config, torch.float32), visible.long())
+    two = torch.tensor([[0, 0, 1, 1, 2], [0, 1, 1, -1, -1]])
+    assert attention_mask(two, positions, two >= 0, config, torch.float32).shape == (2, 1, 5, 5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mpt"])
+def test_padded_rows_of_one_completion_equal_single_sequences(family):
+    model = make(family)
+    rows = [(4, [9]), (6, [2]), (0, [7])]
+    ids, segments, _, texts = batch(rows)
+    positions = torch.arange(ids.shape[1]).repeat(len(rows), 1)
+    separate = [model(input_ids=text[None], use_cache=False).last_hidden_state[0, p:] for _, _, text, p in texts]
+    use_sdpa(model)
+    states = shared_states(model, ids, segments, positions)
+    for (r, place, _, _), one in zip(texts, separate):
+        assert_close(states[r, place], one)
+
+
+def test_all_layers_share_one_mask_in_memory():
+    """Kept for backward: of a bool mask, or one of another dtype under autocast, SDPA keeps a copy per layer."""
+    model, kept = make("llama"), set()
+    ids, segments, positions, _ = batch()
+
+    def note(t):
+        if t.dim() == 4 and t.shape[-1] == t.shape[-2] == ids.shape[1]:
+            kept.add(t.untyped_storage().data_ptr())
+        return t
+
+    mask = attention_mask(segments, positions, segments >= 0, model.config, torch.bfloat16)
+    assert mask.stride(2) % 8 == 0 and ids.shape[1] % 8  # aligned although the row is not
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    assert kept == {mask.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_says_yes(family):
+    kind, values = FAMILIES[family]
+    assert probe_shared_rows(CONFIG_MAPPING[kind](**values)) is None
+
+
+def test_the_probe_tries_the_attention_that_will_run():
+    config = CONFIG_MAPPING["llama"](**LLAMA)
+    assert probe_shared_rows(config, "eager") is None
+    assert "flex_attention" in probe_shared_rows(config, "flex_attention")
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES.values()}))
+def test_the_probe_says_yes_to_published_sizes(kind):
+    assert probe_shared_rows(CONFIG_MAPPING[kind]()) is None
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_the_probe_says_no_and_why(family):
+    kind, values = REFUSED[family]
+    reason = probe_shared_rows(CONFIG_MAPPING[kind](**values))
+    assert reason.startswith(f"{kind}: ") and "\n" not in reason and len(reason) < 300
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "jamba", "doge"])
+def test_the_probe_says_no_to_published_sizes(kind):
+    assert probe_shared_rows(CONFIG_MAPPING[kind]()).startswith(f"{kind}: ")
+
+
+def test_ropes_that_change_with_length_are_exact_up_to_there():
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = CONFIG_MAPPING["llama"](max_position_embeddings=2048, rope_parameters=dynamic)
+    assert probe_shared_rows(config, max_length=2048) is None
+    assert "differ by" in probe_shared_rows(config, max_length=2049)
+    assert "differ by" in probe_shared_rows(config)
+    factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)]}
+    long = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=4096, **factors)
+    sizes = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    config = CONFIG_MAPPING["phi3"](rope_parameters=long, **sizes)
+    assert probe_shared_rows(config, max_length=550) is None
+    assert "differ by" in probe_shared_rows(config, max_length=8192)
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 8192
+    config = CONFIG_MAPPING["llama"](max_position_embeddings=131072, rope_parameters=llama3)
+    assert probe_shared_rows(config) is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo", "llama", "mistral, window", "qwen2, windows", "gemma2"])
+def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
+    """Each of these breaks the mask a little, the last two only where there are windows."""
+    right = attention._additive
+    kind, values = FAMILIES[family]
+    config = CONFIG_MAPPING[kind](**values)
+
+    def sees_the_next_token(allowed, positions, window, dtype):
+        return right(allowed | torch.ones_like(allowed).tril(1) & (positions > 0)[:, None], positions, window, dtype)
+
+    def window_one_too_wide(allowed, positions, window, dtype):
+        return right(allowed, positions, None if window is None else window + 1, dtype)
+
+    def window_by_place(allowed, positions, window, dtype):
+        return right(allowed, torch.arange(allowed.shape[1])[None], window, dtype)
+
+    monkeypatch.setattr(attention, "_additive", sees_the_next_token)
+    assert "differ by" in probe_shared_rows(config)
+    if WINDOW in (values.get("sliding_window"), values.get("window_size")):
+        for wrong in (window_one_too_wide, window_by_place):
+            monkeypatch.setattr(attention, "_additive", wrong)
+            assert "differ by" in probe_shared_rows(config), wrong.__name__
+
+
+def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
+    """Gemma 2 cut down to its first two layers of one kind would be a model without full attention."""
+    shrunk = attention._shrunk
+
+    def careless(config, max_length):
+        small = shrunk(config, max_length)
+        small.layer_types = ["sliding_attention", "sliding_attention"]
+        return small
+
+    monkeypatch.setattr(attention, "_shrunk", careless)
+    assert "lacks" in probe_shared_rows(CONFIG_MAPPING["gemma2"]())
+
+
+def test_the_probe_leaves_no_trace(capfd):
+    config = CONFIG_MAPPING["gptj"]()
+    threads = 2
+    torch.set_num_threads(threads)
+    before, state, verbosity = copy.deepcopy(config.__dict__), torch.get_rng_state(), logging.get_verbosity()
+    assert probe_shared_rows(config) is None
+    assert probe_shared_rows(CONFIG_MAPPING["recurrent_gemma"]()) is not None
+    assert config.__dict__ == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logging.get_verbosity() == verbosity and torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+@pytest.mark.parametrize("kind", ["none", "2-D", "bool", "additive"])
+def test_sdpa_equals_the_original_attention(family, kind):
+    original = make(family)
+    ids = torch.randint(64, (2, 19))
+    keys = torch.arange(19)[None] < torch.tensor([19, 12])[:, None]
+    allowed = (keys[:, None] & torch.ones(19, 19, dtype=torch.bool).tril())[:, None]
+    additive = torch.zeros(2, 1, 19, 19).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    mask = {"none": None, "2-D": keys.long(), "bool": allowed, "additive": additive}[kind]
+    want = original(ids, attention_mask=additive if kind == "bool" else mask, use_cache=False).last_hidden_state
+    model = copy.deepcopy(original)
+    use_sdpa(model)
+    got = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    if mask is not None:  # behind its end a text may see nothing at all, which has no right answer
+        got, want = got[keys], want[keys]
+    assert_close(got, want)
+    assert_close_gradients(gradients(model, got), gradients(original, want))
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+def test_sdpa_decodes_with_a_cache_and_drops_out_in_training(family):
+    model = make(family)
+    use_sdpa(model)
+    ids = torch.randint(64, (1, 12))
+    whole = model(ids, use_cache=False).last_hidden_state
+    first = model(ids[:, :11], use_cache=True)
+    last = model(ids[:, 11:], past_key_values=first.past_key_values, use_cache=True).last_hidden_state
+    assert_close(last, whole[:, 11:])
+    for module in model.modules():
+        if hasattr(module, "attn_dropout"):
+            module.attn_dropout.p = 0.5
+    assert torch.equal(model(ids, use_cache=False).last_hidden_state, whole)
+    model.train()
+    assert not torch.allclose(model(ids, use_cache=False).last_hidden_state, whole, atol=1e-3)
+
+
+def test_gptj_in_fp16_survives_scores_beyond_65504():
+    """Queries and keys of 40 x a unit-variance vector of 256: q.k is about 400,000 before scaling.
+
+    The original turns q and k to fp32 against this, but autocast turns them back to fp16 for the product.
+    """
+    config = CONFIG_MAPPING["gptj"](vocab_size=64, n_embd=256, n_head=1, n_layer=1, rotary_dim=32, n_positions=32)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    for projection in (model.h[0].attn.q_proj, model.h[0].attn.k_proj):
+        projection.weight.data = 40 * torch.eye(256)
+    ids = torch.randint(64, (1, 16))
+    exact = model(ids).last_hidden_state
+    with torch.autocast("cpu", torch.float16):
+        assert not model(ids).last_hidden_state.isfinite().all()
+        use_sdpa(model)
+        assert_close(model(ids).last_hidden_state.float(), exact, tolerance=5e-3)
+
+
+def test_gpt_neo_needs_use_sdpa():
+    model = make("gpt_neo")
+    _, segments, positions, _ = batch()
+    with pytest.raises(ValueError, match="use_sdpa"):
+        attention_mask(segments, positions, segments >= 0, model.config, torch.float32)
+
+
+def test_use_sdpa_is_not_saved_and_leaves_others_alone(tmp_path):
+    model = make("gptj")
+    use_sdpa(model)
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "eager"
+    other = make("gemma2")
+    use_sdpa(other)
+    assert other.config._attn_implementation == "eager"
