@@ -1,0 +1,151 @@
+"""How much faster shared rows are than separate ones: pairs per second of whole optimizer steps, in one run.
+
+    OMP_NUM_THREADS=2 python tests/bench/rows.py [--model llama|gptj] [--width 512] [--layers 12] [--precision fp32] [--repeat 5]
+
+Shapes: (a) summaries, one comparison a prompt; (b) ranking, 4 answers and all 6 comparisons; (c) transcripts. Layouts:
+shared (a prompt once), separate (each answer once, with its prompt), and two full sequences for every comparison, which
+is what other trainers do. Layouts take turns, so that a busy machine slows all of them; the median is shown.
+"""
+
+import argparse
+import statistics
+import time
+from itertools import combinations
+
+import torch
+import transformers
+
+from minirm.attention import attention_mask, use_sdpa
+from minirm.freeze import freeze_bottom_layers
+from minirm.loss import divergence_loss
+from minirm.model import RewardModel, empty_model
+from minirm.rows import collate
+from minirm.shard import cast_frozen, fill, shard, start_processes
+
+SHAPES = {  # prompt tokens, answer tokens, answers a prompt; lengths vary by a quarter around these
+    "(a) summaries, 1 comparison a prompt": (340, 38, 2),
+    "(b) ranking, 4 answers, 6 comparisons": (340, 38, 4),
+    "(c) transcripts, 1 comparison a prompt": (200, 150, 2),
+}
+VOCABULARY = 8000
+
+
+def make_config(kind: str, width: int, layers: int) -> transformers.PreTrainedConfig:
+    heads = max(1, width // 64)
+    if kind == "gptj":
+        return transformers.GPTJConfig(
+            vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 256), rotary_dim=64, n_positions=2048
+        )  # fmt: skip
+    return transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+    )  # fmt: skip
+
+
+def make_groups(count: int, prompt: int, answer: int, answers: int, generator: torch.Generator) -> list[dict]:
+    def ids(about: int) -> list[int]:
+        low, high = about * 3 // 4, about * 5 // 4
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+
+    pairs = list(combinations(range(answers), 2))
+    return [
+        {
+            "prefix": ids(prompt),
+            "completions": [ids(answer) for _ in range(answers)],
+            "chosen": [c for c, _ in pairs],
+            "rejected": [r for _, r in pairs],
+            "margin": [0.0] * len(pairs),
+            "subset": [""] * len(pairs),
+        }
+        for _ in range(count)
+    ]
+
+
+def one_comparison_each(group: dict) -> list[dict]:
+    """The same comparisons with nothing shared between them: two sequences each."""
+    return [
+        {**group, "completions": [group["completions"][c], group["completions"][r]], "chosen": [0], "rejected": [1],
+         "margin": [0.0], "subset": [""]}
+        for c, r in zip(group["chosen"], group["rejected"])
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama", choices=["llama", "gptj"])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+
+    device, mesh = start_processes()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    config = make_config(args.model, args.width, args.layers)
+    torch.manual_seed(0)
+    source = RewardModel(transformers.AutoModel.from_config(config))
+    weights = dict([*source.named_parameters(), *source.named_buffers()])
+    model = empty_model(config)
+    use_sdpa(model.trunk)
+    freeze_bottom_layers(model, 0.7)
+    cast_frozen(model, dtype)
+    shard(model, mesh, dtype)
+    fill(model, weights, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step(micro_steps: list[list[dict]], layout: str) -> tuple[int, int]:
+        """One optimizer step -> (pairs, tokens computed)."""
+        pairs = tokens = 0
+        for m, groups in enumerate(micro_steps):
+            model.set_requires_gradient_sync(m == len(micro_steps) - 1)
+            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100).to(device)
+            mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                rewards = model(batch.input_ids, mask, batch.position_ids)
+            chosen, rejected = batch.pair_rewards(rewards)
+            scaler.scale(divergence_loss(chosen, rejected, batch.start, batch.end) / len(micro_steps)).backward()
+            pairs, tokens = pairs + len(chosen), tokens + batch.tokens
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return pairs, tokens
+
+    print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
+          f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
+    print(f"{'':<40} {'pairs/s':>9} {'ratio':>7} {'tokens a pair':>14}")
+    for name, (prompt, answer, answers) in SHAPES.items():
+        groups = make_groups(4, prompt, answer, answers, torch.Generator().manual_seed(1))
+        work = {
+            "shared": ([[g] for g in groups], "shared"),
+            "separate": ([[g] for g in groups], "separate"),
+            "two sequences a comparison": ([one_comparison_each(g) for g in groups], "separate"),
+        }
+        if answers == 2:
+            del work["two sequences a comparison"]  # the same as separate
+        seconds: dict[str, list[float]] = {layout: [] for layout in work}
+        counts = {}
+        for turn in range(args.repeat + 1):
+            for layout, arguments in work.items():
+                start = time.perf_counter()
+                counts[layout] = step(*arguments)
+                if turn:  # the first one warms up
+                    seconds[layout].append(time.perf_counter() - start)
+        print(name)
+        best = statistics.median(seconds["shared"])
+        for layout, (pairs, tokens) in counts.items():
+            median = statistics.median(seconds[layout])
+            print(f"  {layout:<38} {pairs / median:>9.2f} {median / best:>6.2f}x {tokens / pairs:>14.0f}")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

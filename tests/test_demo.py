@@ -1,0 +1,243 @@
+"""The embedded demo: its comparisons, its tokenizer and its model.
+
+Run: python -m pytest tests/test_demo.py. Needs: torch, transformers, and a Python with the .py sources of its standard
+library; no network, no GPU. The warm-up of the model is cut to 3 steps; how accurate the demo becomes is not tested here.
+"""
+
+import json
+import threading
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import minirm.demo
+from minirm.demo import (
+    DEMO_DEFAULTS,
+    EVAL_PROMPTS,
+    REJECTED,
+    build_demo,
+    make_comparisons,
+    read_docstrings,
+    train_tokenizer,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library_read_once():
+    """Reading the standard library takes longer than all else here; every other step is done anew each time."""
+    original, seen = minirm.demo.read_docstrings, {}
+
+    def read_once(root):
+        if root not in seen:
+            seen[root] = original(root)
+        return dict(seen[root])
+
+    minirm.demo.read_docstrings = read_once
+    yield
+    minirm.demo.read_docstrings = original
+
+
+@pytest.fixture(scope="module")
+def comparisons():
+    return make_comparisons(seed=0)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return build_demo(cache_dir=tmp_path_factory.mktemp("cache") / "demo", progress=False, warmup_steps=3)
+
+
+def test_there_are_some_hundred_held_out_pairs_and_thousands_to_train_on(comparisons):
+    train, held_out, texts = comparisons
+    assert 200 <= EVAL_PROMPTS <= len({row["prompt"] for row in held_out}) + 5 and len(held_out) <= 2 * EVAL_PROMPTS
+    assert len(train) > 2000 and len(texts) >= len({row["prompt"] for row in train})
+
+
+def test_no_prompt_and_no_chosen_answer_is_on_both_sides(comparisons):
+    train, held_out, texts = comparisons
+    for key in ("prompt", "chosen"):
+        assert not {row[key] for row in train} & {row[key] for row in held_out}
+    warmed_up_on = {text.rpartition("\n")[2] for text in texts}
+    assert not warmed_up_on & {row["chosen"] for row in held_out}
+
+
+def test_every_row_is_four_strings_with_answers_of_5_to_25_words_that_differ(comparisons):
+    for rows in comparisons[:2]:
+        for row in rows:
+            assert list(row) == ["prompt", "chosen", "rejected", "subset"]
+            assert all(isinstance(value, str) and value for value in row.values())
+            assert row["subset"] in REJECTED and row["chosen"] != row["rejected"]
+            assert 5 <= len(row["chosen"].split()) <= 25 and 5 <= len(row["rejected"].split()) <= 25
+        assert len({tuple(row.values())[:3] for row in rows}) == len(rows)
+
+
+def test_a_prompt_has_one_or_two_comparisons_and_always_the_same_chosen_answer(comparisons):
+    for rows in comparisons[:2]:
+        answers = {}
+        for row in rows:
+            answers.setdefault(row["prompt"], []).append(row["chosen"])
+        assert {len(chosen) for chosen in answers.values()} == {1, 2}
+        assert all(len(set(chosen)) == 1 for chosen in answers.values())
+
+
+@pytest.mark.parametrize("unit", ["characters", "words", "tokens"])
+def test_neither_the_longer_nor_the_shorter_answer_is_right_in_60_percent_of_the_pairs(comparisons, unit):
+    _, held_out, texts = comparisons
+    tokenizer = train_tokenizer(texts)
+    split = {"characters": list, "words": str.split, "tokens": tokenizer.tokenize}[unit]
+    pairs = [(len(split(row["chosen"])), len(split(row["rejected"]))) for row in held_out]
+    assert sum(chosen > rejected for chosen, rejected in pairs) / len(pairs) < 0.60
+    assert sum(chosen < rejected for chosen, rejected in pairs) / len(pairs) < 0.60
+    # Most pairs are equally long. Where they are not, neither rule may win by much, if there are enough to say so.
+    differ = [chosen > rejected for chosen, rejected in pairs if chosen != rejected]
+    assert len(differ) < 20 or 0.2 < sum(differ) / len(differ) < 0.8
+
+
+def test_shuffled_and_swapped_answers_keep_the_words_and_their_ends(comparisons):
+    for row in comparisons[1]:
+        chosen, rejected = row["chosen"].split(), row["rejected"].split()
+        assert len(chosen) == len(rejected)
+        if row["subset"] in ("shuffled", "swapped"):
+            assert sorted(chosen) == sorted(rejected)
+            assert (chosen[0], chosen[-1]) == (rejected[0], rejected[-1])
+
+
+def test_the_same_seed_gives_the_same_comparisons_and_another_seed_another_split(comparisons):
+    assert make_comparisons(seed=0) == comparisons  # no hash order, no clock, no global random numbers
+    assert make_comparisons(seed=1)[1] != comparisons[1]
+
+
+def test_prompts_are_signatures_with_the_rest_of_the_docstring(tmp_path):
+    """Four docstrings are of use; the others have too few words, no capital, or a prompt that was there before."""
+    (tmp_path / "shop.py").write_text(
+        "class Till(Box):\n"
+        "    '''Counts the money of one day, e.g. in the evening. Not thread safe at all.'''\n"
+        "    def add(self, coin, *rest):\n"
+        "        '''Puts one coin into the till.'''\n"
+        "    def take(self):\n"
+        "        '''Too short.'''\n"
+        "    async def close(self):\n"
+        "        '''closes the till until the next day.'''\n"
+        "if True:\n"
+        "    def greet(name):\n"
+        "        '''Says hello to the\n        next customer.'''\n"
+    )
+    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "t.py").write_text("def f():\n    '''This one is not to be read.'''\n")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("def f(a, b=1):\n    '''Packs a and b into one box.'''\n")
+    assert read_docstrings(tmp_path) == {
+        "Counts the money of one day, e.g. in the evening.": "shop.Till(Box)\nNot thread safe at all.",
+        "Puts one coin into the till.": "Till.add(coin)",
+        "Says hello to the next customer.": "shop.greet(name)",
+        "Packs a and b into one box.": "pack.f(a, b)",
+    }
+
+
+def test_a_library_without_sources_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="has 0 that can be used and 1000 are needed") as refusal:
+        make_comparisons(library=tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_model_loads_with_the_auto_classes_and_reads_the_tokens(demo, comparisons):
+    tokenizer, model = AutoTokenizer.from_pretrained(demo.model), AutoModel.from_pretrained(demo.model)
+    assert model.config.model_type == "gptj" and (demo.model / "model.safetensors").is_file()
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    text = "os.fspath(path)\nReturn the path — “as is”."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text  # nothing added, nothing lost
+    assert ids == train_tokenizer(comparisons[2])(text)["input_ids"]  # saving and loading changed nothing
+    assert max(ids) < len(tokenizer) == model.config.vocab_size <= 2048
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([ids])).last_hidden_state.shape == (1, len(ids), model.config.n_embd)
+
+
+def test_every_text_is_within_the_demos_max_length(demo):
+    tokenizer = AutoTokenizer.from_pretrained(demo.model)
+    for path in (demo.train, demo.eval):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            for side in ("chosen", "rejected"):
+                assert len(tokenizer(f"{row['prompt']}\n{row[side]}")["input_ids"]) + 1 <= DEMO_DEFAULTS["max_length"]
+
+
+def test_the_files_hold_the_comparisons(demo, comparisons):
+    for path, rows in zip((demo.train, demo.eval), comparisons):
+        assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
+
+
+def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(demo):
+    before = (demo.model / "model.safetensors").stat()
+    assert build_demo(cache_dir=demo.train.parent, progress=False, warmup_steps=3) == demo
+    assert (demo.model / "model.safetensors").stat() == before
+    assert [path.name for path in demo.train.parent.parent.iterdir()] == ["demo"]
+
+
+@pytest.fixture
+def small_library(monkeypatch, comparisons):
+    """Building at test speed: the comparisons are there already."""
+    monkeypatch.setattr("minirm.demo.make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
+
+
+def test_two_that_build_at_once_both_end_with_the_same_demo(tmp_path, monkeypatch, small_library):
+    together, warm_up = threading.Barrier(2, timeout=60), minirm.demo.warm_up
+
+    def warm_up_and_wait(*args):
+        together.wait()  # neither has finished when the other starts: both will want to rename
+        return warm_up(*args)
+
+    monkeypatch.setattr(minirm.demo, "warm_up", warm_up_and_wait)
+    results = []
+
+    def build():
+        results.append(build_demo(cache_dir=tmp_path / "demo", progress=False, warmup_steps=0))
+
+    threads = [threading.Thread(target=build) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2 and results[0] == results[1] and results[0].train.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_build_that_dies_leaves_no_demo_behind(tmp_path, monkeypatch, small_library):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minirm.demo.warm_up", die)
+    with pytest.raises(KeyboardInterrupt):
+        build_demo(cache_dir=tmp_path / "demo", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_and_one_with_other_files_is_refused(tmp_path, small_library):
+    (tmp_path / "empty").mkdir()
+    assert build_demo(cache_dir=tmp_path / "empty", progress=False, warmup_steps=0).eval.is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="holds something else than a demo"):
+        build_demo(cache_dir=tmp_path / "mine", progress=False)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_the_cache_folder_follows_the_variable_the_seed_and_the_steps(tmp_path, monkeypatch, small_library):
+    monkeypatch.setenv("MINIRM_CACHE", str(tmp_path))
+    wanted = [{"seed": 0, "warmup_steps": 0}, {"seed": 1, "warmup_steps": 0}, {"seed": 0, "warmup_steps": 1}]
+    built = {build_demo(progress=False, **one).train.parent for one in wanted}
+    assert len(built) == 3 == len(list(tmp_path.iterdir()))
+    assert all(folder.parent == tmp_path and folder.name.startswith("demo-") for folder in built)
+
+
+def test_building_is_the_same_twice_and_leaves_the_global_random_numbers_alone(tmp_path, small_library):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = (build_demo(cache_dir=tmp_path / name, progress=False, warmup_steps=2) for name in "ab")
+    assert torch.equal(torch.rand(3), expected)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (first.model / name).read_bytes() == (second.model / name).read_bytes()
