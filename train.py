@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,24 @@ import transformers
 from tqdm import tqdm
 
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.data import InputError, prepare
+from minirm.checkpoint import (
+    Stop,
+    accumulation,
+    agree,
+    begin,
+    catch_signals,
+    check_length,
+    check_output,
+    finish,
+    load,
+    not_finite,
+    open_run,
+    release_signals,
+    save,
+    tensors,
+    writing,
+)
+from minirm.data import InputError, one_line, prepare
 from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import freeze_bottom_layers
 from minirm.loss import divergence_loss, pairwise_loss
@@ -33,11 +51,14 @@ from minirm.shard import (
     fill,
     first_process_first,
     gather,
+    on_first_process,
+    patient_group,
     shard,
     start_processes,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.0, help="of AdamW; 0: off")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: off")
     add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at start and end")
+    add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints; 0: only when stopped by a signal")
+    add("--save_total_limit", type=int, default=1, help="checkpoints kept, the newest; 0: all")
+    add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
@@ -90,7 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps"):
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps",
+                 "save_steps", "save_total_limit"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not 0 <= args.freeze_ratio <= 1:
@@ -110,10 +135,10 @@ def comparison_loss(kind: str, batch: Batch, rewards: torch.Tensor) -> tuple[tor
 
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
+    check_output(output, args.resume_from_checkpoint)
     device, mesh = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    patient = patient_group()
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[args.precision]
@@ -155,16 +180,22 @@ def train(args: argparse.Namespace) -> None:
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     layout = "separate" if not_shared else args.row_layout
 
-    lengths = {part: getattr(data, part)[f"{layout}_tokens"][:] for part in ("train", "eval")}
+    # Sorted by unique tokens in either layout, so that both take the same steps.
+    lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
-    batch_size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
+    # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
+    run = on_first_process(patient, open_run, args, data, config, tokenizer, world_size)
+    start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
+    batch_size = args.per_device_train_batch_size
+    args.gradient_accumulation_steps = accumulation(run, world_size, batch_size, args.gradient_accumulation_steps)
+    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, args.gradient_accumulation_steps)
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
     eval_plan = make_plan(
         lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
     )  # fmt: skip
+    check_length(run, total_steps, output)
+    on_first_process(patient, begin, output, run, args, world_size)
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
         print(start_report(data, tokenizer, model, frozen, layout))
         if not_shared:
@@ -175,13 +206,26 @@ def train(args: argparse.Namespace) -> None:
         checkpoint_trained_blocks(model)
     cast_frozen(model, dtype)
     shard(model, mesh, dtype)
-    source = load_weights(args.model, config, args.seed) if rank == 0 else None
-    fill(model, source, device)
-    del source
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    source = {}
+    on_first_process(patient, lambda: source.update(load_weights(args.model, config, args.seed)))
+    fill(model, source or None, device)
+    source.clear()
+    # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay
+    )
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # disabled: every call passes through
+    if run.checkpoint:
+        load(run.checkpoint, trained, optimizer, patient)
+        scaler.load_state_dict(run.state["scaler"])
+        # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
+        moved = run.state["schedule_steps"]
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": moved - 1, "_step_count": moved + 1})
+        scheduler.step()
+        if rank == 0:
+            print(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
 
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward pass over a rank's groups -> batch, loss [], and its pairs' end rewards, chosen [P], rejected [P]."""
@@ -193,8 +237,9 @@ def train(args: argparse.Namespace) -> None:
             pad_id=tokenizer.pad_token_id,
             row_limit=2 * args.max_length,
             trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
-        ).to(device)
-        mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype)
+        )
+        mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
+        batch = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
         if not groups:
@@ -229,31 +274,40 @@ def train(args: argparse.Namespace) -> None:
         """One line of metrics.jsonl, on rank 0. What is not finite becomes null, so that every line is JSON."""
         if rank == 0:
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with open(output / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            line = json.dumps(row) + "\n"
+            with writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
+                file.write(line)
             if "eval_loss" in row:
                 bar.write(
                     f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f}, loss {row['eval_loss']:.4f}, "
                     f"reward margin {row['eval_reward_margin']:.4f} ({row['eval_pairs']} pairs, {row['eval_ties']} ties)"
                 )
 
+    def due(every: int, step: int) -> bool:
+        return bool(every) and step % every == 0 or step == total_steps
+
     # -- The loop. ------------------------------------------------------------------------------------------------------
-    bar = tqdm(total=total_steps, desc="training", unit="step", disable=rank > 0)
-    log(result := evaluate(0))
-    # Of this rank, since the row before:
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, reward margin
-    seen = torch.zeros(4, dtype=torch.float64)  # pairs, tokens, places with padding, tokens without sharing
-    skipped, since = 0, time.perf_counter()
-    for step in range(total_steps):
+    bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
+    caught = catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
+    if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
+        log(result := evaluate(start))
+        best = max(best or result, result, key=lambda row: row["eval_accuracy"])
+    # Of this rank, since the row before; a checkpoint has those of all ranks:
+    before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 7)[rank::world_size].sum(dim=0)
+    sums = before[:3].to(device)  # loss, correct, reward margin
+    seen = before[3:]  # pairs, tokens, places with padding, tokens without sharing
+    since = time.perf_counter() - run.state["seconds"]
+    for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
-        if place == 0:
+        if place == 0 or step == start:
             plan = make_plan(
                 lengths["train"], pairs["train"], world_size=world_size, batch_size=batch_size,
-                accumulation=accumulation, seed=args.seed, epoch=epoch,
+                accumulation=args.gradient_accumulation_steps, seed=args.seed, epoch=epoch,
             )  # fmt: skip
         micro_steps, step_pairs = plan[place]
         # One optimizer step, in this order:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
+        losses = []
         for m, micro_step in enumerate(micro_steps):
             model.set_requires_gradient_sync(m == len(micro_steps) - 1)
             batch, loss, chosen, rejected = compute("train", micro_step[rank])
@@ -261,23 +315,34 @@ def train(args: argparse.Namespace) -> None:
             # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the mean over its pairs
             # exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
             scaler.scale(loss_sum * world_size / step_pairs).backward()
+            losses.append(loss_sum.detach())
             if micro_step[rank]:  # what a rank computes only to keep step does not count
                 sums += torch.stack([loss_sum, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
                 seen += torch.tensor([len(chosen), batch.tokens, batch.input_ids.numel(), batch.separate_tokens])
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+        grad_norm = (
+            torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf).full_tensor().item()
+        )
+        stop, where = agree(caught, losses)  # the same on all ranks, so that all end alike
+        groups = micro_steps[where[0]][where[1]] if where else [g for of_rank in micro_steps[0] for g in of_rank]
+        if not scaler.is_enabled() and (where or not math.isfinite(grad_norm)):
+            raise not_finite("the loss is not finite" if where else "the gradient is not finite", step + 1, groups, data,
+                             tokenizer, "Try a lower --learning_rate, or look at these comparisons")  # fmt: skip
         scale = scaler.get_scale()
         scaler.step(optimizer)  # leaves the parameters alone if any rank has an inf or nan
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
             skipped += 1
+            if scaler.get_scale() < LOWEST_SCALE:
+                raise not_finite(f"the loss scale fell below {LOWEST_SCALE}: fp16 overflows at any", step + 1, groups,
+                                 data, tokenizer, "Try --precision bf16 or a lower --learning_rate")  # fmt: skip
         else:  # the schedule moves only when the optimizer did
             scheduler.step()
         step += 1
         bar.update()
 
-        if (args.logging_steps and step % args.logging_steps == 0) or step == total_steps:
+        if due(args.logging_steps, step):
             seconds = time.perf_counter() - since
             totals = torch.cat([sums, seen.to(device)])
             dist.all_reduce(totals)
@@ -285,7 +350,7 @@ def train(args: argparse.Namespace) -> None:
             row = {
                 "step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n,
                 "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],
-                "grad_norm": grad_norm.full_tensor().item(), "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
+                "grad_norm": grad_norm, "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
                 "pairs": int(n), "tokens": int(tokens), "padding": 1 - tokens / places,
                 "tokens_saved": 1 - tokens / separate, "pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds,
             }  # fmt: skip
@@ -293,36 +358,71 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix_str(f"loss {loss / n:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
             sums.zero_(), seen.zero_()
             since = time.perf_counter()
-        if (args.eval_steps and step % args.eval_steps == 0) or step == total_steps:
-            paused = time.perf_counter()
+        paused = time.perf_counter()
+        if due(args.eval_steps, step) and not stop:
             log(result := evaluate(step))
-            since += time.perf_counter() - paused
+            best = max(best, result, key=lambda row: row["eval_accuracy"])
+        if stop or (args.save_steps and due(args.save_steps, step)):
+            mine = torch.cat([sums.cpu(), seen])
+            everyone = [torch.empty_like(mine) for _ in range(world_size)]
+            dist.all_gather(everyone, mine, group=patient)
+            state = {
+                "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
+                "seconds": paused - since, "sums": [of_rank.tolist() for of_rank in everyone], "result": result, "best": best,
+                "recipe": run.recipe, "processes": world_size, "arguments": vars(args),
+            }  # fmt: skip
+            line = save(output, state, tensors(trained, optimizer), args.save_total_limit, patient)
+            if rank == 0:
+                bar.write(line)
+        if stop:
+            name = signal.Signals(stop).name
+            raise Stop(
+                f"{name}: stopped after step {step} of {total_steps}; the same command goes on from there", 128 + stop
+            )
+        since += time.perf_counter() - paused
     bar.close()
+    release_signals()
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
     state = gather(model, dtype)
+
+    def write_model() -> None:
+        with writing(output, sum(t.numel() * t.element_size() for t in state.values())):
+            export(state, config, tokenizer, output)
+            (output / "README.md").write_text(model_card(args, data.report, result))
+            finish(output, total_steps)
+
+    on_first_process(patient, write_model)
     if rank == 0:
-        export(state, config, tokenizer, output)
-        (output / "README.md").write_text(model_card(args, data.report, result))
         print(
             f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs; the model is in {output}, load "
             "it with AutoModelForSequenceClassification.from_pretrained"
         )
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # missing weights are refused in load_weights, all else is expected
+    line, code, rank = "", 0, os.environ.get("RANK", "0")
     try:
         train(parse_args(argv))
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        line, code = f"error: {error}", 2
+    except Stop as stop:
+        line, code = stop.args
+    except KeyboardInterrupt:  # before there was anything to save
+        code = 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        line, code = f"process {rank} ends, since another one was lost ({one_line(error)})", 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if line and (rank == "0" or code == 1):
+        tqdm.write(f"train.py: {line}", file=sys.stderr if code else sys.stdout)  # not into the middle of a bar
+    return code
 
 
 if __name__ == "__main__":

@@ -19,13 +19,15 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.utils import logging
 
 
-def attention_mask(segments, positions, visible, config, dtype):
+def attention_mask(segments, positions, visible, config, dtype, device=None):
     """What to pass as `attention_mask=` to a transformers trunk, made once per batch.
 
     segments [R, L] int: 0 = prefix, k >= 1 = k-th completion of the row, -1 = padding, at the end of the row only
     positions [R, L] int: the `position_ids`; each completion goes on from the end of the prefix
     visible [R, L] bool: may be seen as a key; False for padding
     config: of the trunk, after `use_sdpa`; dtype: what attention computes in, so float16 under float16 autocast
+    device: where the mask goes, None = where `segments` are. Give the first three on the CPU: what kind of mask is
+    needed is looked up in them, for which a GPU would have to wait
 
     Key k is seen by query q iff k is visible, stands at or before q, belongs to the prefix or to q's completion and,
     in a layer with a window, positions[q] - positions[k] < window. A query that would see nothing sees itself, so that
@@ -43,10 +45,11 @@ def attention_mask(segments, positions, visible, config, dtype):
     places = torch.arange(segments.shape[1], device=segments.device)
     one_each = (segments < 2).all() & (order.diff(dim=1) >= 0).all() & ((positions == places) | ~real).all()
     if one_each:
-        return None if (visible == real).all() else visible.long()
+        return None if (visible == real).all() else visible.long().to(device or segments.device)
 
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(f"no mask for shared rows under attn_implementation={config._attn_implementation!r}")
+    segments, positions, visible = (x.to(device or x.device, non_blocking=True) for x in (segments, positions, visible))
     allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; in place below, it is 64 MiB at L = 8192
     allowed |= (segments == 0)[:, None, :]
     allowed &= visible[:, None, :]

@@ -97,7 +97,8 @@ def _read_csv(source, file):
                 )
             yield f"{source}:{reader.line_num}", row
     except csv.Error as error:
-        raise InputError(f"{source}:{reader.line_num}: not CSV ({error})") from None
+        # Where the row begins: the line behind the last good row.
+        raise InputError(f"{source}:{reader.line_num + 1}: not CSV ({error})") from None
 
 
 def _read_json(source, file):
@@ -134,7 +135,7 @@ def _load(source: str) -> datasets.Dataset:
         if Path(source).suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=source, split="train")
         return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client's and pyarrow's own, many kinds; nothing of ours happens in there
+    except Exception as error:  # noqa: BLE001 - the hub client's and pyarrow's own, many kinds; nothing of ours
         raise InputError(
             f"{source}: neither a {', '.join(FILE_TYPES)} file nor a dataset that can be loaded ({one_line(error)})"
         ) from None
@@ -145,8 +146,11 @@ def fingerprint(source: str) -> str:
     if Path(source).suffix not in FILE_TYPES:
         return _load(source)._fingerprint
     try:
+        digest = hashlib.sha256()
         with open(source, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
 
@@ -322,8 +326,11 @@ def fit(sides, comparison, tokenizer, counts, max_length, overlong, measured) ->
         counts["dropped: longer than --max_length"] += 1
         return 0, []
     # The prompt ends where the ids stop being those of the prompt alone.
-    alone = encode(tokenizer, [comparison.prompt], eos=False)[0]
-    keep = int(alone[:1] == [tokenizer.bos_token_id] and sides[0][:1] == alone[:1])
+    nothing, alone = encode(tokenizer, ["", comparison.prompt], eos=False)
+    # What the tokenizer puts before every text stays, BOS or more (GLM), and a BOS that the prompt brings along.
+    keep = common_prefix([nothing, alone, *sides]) or int(
+        alone[:1] == [tokenizer.bos_token_id] and sides[0][:1] == alone[:1]
+    )
     room = common_prefix([alone, *sides]) - keep
     if cut > room and not measured:
         counts["dropped: answer alone longer than --max_length"] += 1

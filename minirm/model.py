@@ -60,7 +60,7 @@ def load_config(name: str):
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # False: else it asks on the terminal
-    except Exception as error:  # of many kinds, huggingface_hub's among them
+    except Exception as error:  # noqa: BLE001 - of many kinds, huggingface_hub's among them
         raise InputError(
             f"--model {name}: no such model folder or name, or not one for transformers ({one_line(error)})"
         )
@@ -78,7 +78,7 @@ def load_config(name: str):
     try:
         with torch.device("meta"):
             names = theirs._from_config(copy.deepcopy(config)).state_dict()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a wrong number leads to
         raise InputError(f"--model {name}: transformers cannot make a model of its config.json ({one_line(error)})")
     if heads := {n for n in names if not n.startswith(theirs.base_model_prefix + ".")} - {"score.weight"}:
         raise InputError(
@@ -87,7 +87,7 @@ def load_config(name: str):
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - each kind of tokenizer has its own
         raise InputError(f"--model {name}: its tokenizer cannot be loaded ({one_line(error)})")
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, at which the reward is read; set eos_token")
@@ -113,7 +113,7 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
     try:
         model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
-    except Exception as error:  # no weights there, half a file, other shapes than in config.json
+    except Exception as error:  # noqa: BLE001 - no weights there, half a file, other shapes than in config.json
         raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(

@@ -40,7 +40,7 @@ def make_plan(
     assert len(lengths) == len(pairs), f"{len(lengths)} lengths for {len(pairs)} groups"
     per_micro_step = world_size * batch_size
     per_step = per_micro_step * accumulation
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
     def longest_first(groups: list[int]) -> list[int]:
         return sorted(groups, key=lambda g: (-lengths[g], g))

@@ -1,10 +1,11 @@
 """Processes, precision and sharding, applied to a plain model from outside (FSDP2)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,25 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def patient_group() -> dist.ProcessGroup:
+    """For what one process does while the others wait: reading weights, writing files. Made by all of them, once."""
+    return dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+
+
+def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any:
+    """function(*args) on the first of all processes; all return its result, or raise what it raised: all end alike."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for it
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def local_rank() -> int:

@@ -20,6 +20,8 @@ WORDS = (
 )
 
 # Families that are small in every dimension; each has its own names for the same things.
+torch.set_num_threads(1)  # tiny models only wait for each other's threads
+
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 CONFIGS = {
     "gptj": lambda v: transformers.GPTJConfig(vocab_size=v, n_embd=32, n_layer=4, n_head=4, rotary_dim=4, n_positions=1024),

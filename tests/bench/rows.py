@@ -101,8 +101,9 @@ def main() -> None:
         pairs = tokens = 0
         for m, groups in enumerate(micro_steps):
             model.set_requires_gradient_sync(m == len(micro_steps) - 1)
-            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100).to(device)
-            mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype)
+            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100)
+            mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
+            batch = batch.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 rewards = model(batch.input_ids, mask, batch.position_ids)
             chosen, rejected = batch.pair_rewards(rewards)

@@ -1,0 +1,462 @@
+"""A run is never lost: checkpoints, resuming, stopping.
+
+    checkpoint-<step>/   shard-*.safetensors   trained parameters and the optimizer's state, a file per process
+                         checkpoint.json       all else that an exact resume needs, readable
+                         SHA256SUMS            of the files above, as `sha256sum -c` takes it
+    run.json             what is being trained on what, written before the first step; at the end, that it is finished
+
+No file is a pickle. Random numbers are not among the state, since none are drawn while training: dropout is off, and
+the order of the data is a function of seed and epoch.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from minirm.data import InputError, Prepared, fingerprint, one_line, tokenizer_state
+from minirm.shard import on_first_process
+
+STATE, SUMS, RUN = "checkpoint.json", "SHA256SUMS", "run.json"
+PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
+
+# Flags that may differ when a run goes on: length, output, and what changes memory or speed alone. Model and data are
+# compared by content, so that they may move; batch size and accumulation by their product with the processes.
+FREE = {
+    "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
+    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+# What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
+START = {"step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {}}  # fmt: skip
+_held: list[int] = []  # the descriptor of the output folder, locked as long as it is open
+
+
+class Stop(Exception):
+    """The run ends here: Stop(one line for people, exit code). 0: nothing left to do; 3: a fault that will come again
+    if nothing is changed; 128 + n: signal n asked for it."""
+
+
+class Run(NamedTuple):
+    recipe: dict  # what a checkpoint has to agree with
+    processes: int  # that it was begun with
+    checkpoint: Path | None  # to go on from
+    state: dict  # of the checkpoint, or START
+    finished: int | None  # steps after which it was finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run is this?
+
+
+def restarted() -> bool:
+    """Whether torchrun --max_restarts started this process again: then the run goes on, whatever the flags began with."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def checkpoints(output: Path) -> dict[int, Path]:
+    """{step: folder}, the newest first."""
+    found = {int(p.name[11:]): p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def check_output(output: Path, choice: str) -> None:
+    """Raises InputError if the output folder cannot be this run's. Looks at names only."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output_dir {output} is a file; choose a folder")
+    if not output.exists() or all(path.suffix == PARTIAL for path in output.iterdir()):
+        return
+    if not (output / RUN).exists() and not checkpoints(output):
+        raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
+    if choice == "none" and not restarted():
+        raise InputError(
+            f"--output_dir {output} holds a run; without --resume_from_checkpoint none it goes on. To begin anew, "
+            "choose another folder, or remove it first"
+        )
+
+
+def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> Run:
+    """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
+
+    Raises InputError if the folder cannot be written, another process trains in it, its run is another than this one,
+    or a checkpoint that was asked for is not whole.
+    """
+    output, choice = Path(args.output_dir), args.resume_from_checkpoint
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (probe := output / f"probe{PARTIAL}").touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {output}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    for descriptor in _held:  # of a run before this one in the same process
+        os.close(descriptor)
+    _held[:] = [os.open(output, os.O_RDONLY)]
+    try:
+        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        raise InputError(f"--output_dir {output}: another run is writing there; wait for its end, or stop it") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    recipe = make_recipe(args, data, config, tokenizer, processes)
+    try:
+        record = json.loads((output / RUN).read_text())
+        record["recipe"]["prompts a step"], record["processes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        record = {}
+
+    folder, state = None, {}
+    if choice in ("auto", "none") or (restarted() and checkpoints(output)):
+        own = list(checkpoints(output).values())
+        for folder in own:
+            try:
+                state = verify(folder)
+                break
+            except ValueError as error:
+                print(f"{folder} is not whole and is passed over: {error}")
+        if own and not state:
+            raise InputError(f"--output_dir {output}: no checkpoint is whole; remove the folder to begin anew")
+        if not own and not record and (output / RUN).exists():
+            raise InputError(f"{output / RUN}: cannot be read; remove the folder to begin anew")
+    else:
+        folder = Path(choice)
+        try:
+            state = verify(folder)
+        except ValueError as error:
+            raise InputError(f"--resume_from_checkpoint {folder}: not a whole checkpoint: {error}") from None
+        if newer := [step for step in checkpoints(output) if step > state["step"]]:
+            raise InputError(
+                f"--resume_from_checkpoint {folder}: {output} holds checkpoint-{newer[0]}, which is newer; leave the flag "
+                "away, remove the newer, or choose another --output_dir"
+            )
+        if record and folder.resolve().parent != output.resolve() and not restarted():
+            raise InputError(f"--output_dir {output} holds another run; choose another folder to go on from {folder}")
+
+    saved = state or record
+    if saved and (changed := differences(saved["recipe"], recipe)):
+        raise InputError(
+            f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
+        )
+    kept = {**recipe, "prompts a step": saved["recipe"]["prompts a step"]} if saved else recipe
+    finished = record.get("finished")
+    return Run(kept, saved.get("processes", processes), folder, state or START, finished)
+
+
+def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> dict:
+    """What must be the same for a run to go on: flags, and fingerprints of all that they refer to."""
+    recipe = {name: value for name, value in vars(args).items() if name not in FREE}
+    if args.eval_data:
+        del recipe["eval_fraction"]  # without effect then
+    return recipe | {
+        "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "weights of --model": model_fingerprint(args.model, config),
+        "tokenizer of --model": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
+        "--train_data": fingerprint(args.train_data),
+        "--eval_data": fingerprint(args.eval_data) if args.eval_data else None,
+        "prompts, tokens in --train_data": [len(data.train), data.report["train"]["separate tokens"]],
+    }
+
+
+def model_fingerprint(name: str, config) -> str:
+    """Changes when the weights do. Of a large file 256 pieces are read, not the whole: a start takes long enough."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    if not Path(name).is_dir():  # from the hub, which has a name for every content
+        return f"{getattr(config, '_commit_hash', None)} {digest.hexdigest()}"
+    digest = hashlib.sha256()  # of the weights alone: the config is made ready by this program and says where it lies
+    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+        size, piece = path.stat().st_size, 1 << 16
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(piece, size // 256)):
+                file.seek(place)
+                digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """What differs, in words. The number of prompts a step is not looked at: see `accumulation`."""
+    words = []
+    for key in then.keys() & now.keys() - {"prompts a step"}:
+        if then[key] != now[key]:
+            if " " in key or key.startswith("--"):
+                words.append(f"{key}: the content has changed")
+            else:
+                words.append(f"--{key} was {then[key]!r}, is {now[key]!r}")
+    return sorted(words)
+
+
+def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
+    """Micro-steps a step, so that a step has as many prompts as at the beginning on any number of processes.
+
+    Raises InputError, with both numbers, where that cannot be.
+    """
+    whole, product = run.recipe["prompts a step"], processes * batch_size
+    if whole == product * asked:
+        return asked
+    if processes == run.processes or whole % product:
+        raise InputError(
+            f"the run has {whole} prompts a step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
+            f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that they are equal"
+        )
+    return whole // product
+
+
+def check_length(run: Run, total_steps: int, output: Path) -> None:
+    """Raises Stop if the run is finished, and InputError if it has got further than was asked for."""
+    done = max(run.finished or 0, run.state["step"])
+    if run.finished == total_steps:
+        raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
+    if done > total_steps:
+        raise InputError(
+            f"--output_dir {output}: the run is at step {done} already, {total_steps} were asked for; choose another folder"
+        )
+    if run.finished and not run.checkpoint:
+        raise InputError(
+            f"--output_dir {output}: the run was finished after {run.finished} steps and left no checkpoint "
+            f"(--save_steps 0), so it cannot go on to {total_steps}; choose another folder"
+        )
+
+
+def begin(output: Path, run: Run, args: Namespace, processes: int) -> None:
+    """On the first process, when nothing can be refused any more: the record, and metrics.jsonl cut back to the start."""
+    record = {"recipe": run.recipe, "processes": processes, "arguments": vars(args)}
+    _write(output / RUN, json.dumps(record, indent=1))
+    for leftover in output.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    metrics, kept = output / "metrics.jsonl", []
+    if not metrics.exists():
+        return
+    if run.checkpoint:
+        for line in metrics.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                # A checkpoint that was made because of a signal comes before the evaluation of its step.
+                limit = run.state["result"]["step"] if "eval_loss" in row else run.state["step"]
+                kept += [line] if row.get("step", 0) <= limit else []
+            except (ValueError, AttributeError):
+                pass  # half a line: the last one of a run that was killed
+    _write(metrics, "".join(kept))
+
+
+def finish(output: Path, step: int) -> None:
+    """On the first process, after all is written: the same command typed again has nothing to do."""
+    record = json.loads((output / RUN).read_text())
+    _write(output / RUN, json.dumps(record | {"finished": step}, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing and reading
+
+
+def tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen, nothing that a flag decides.
+
+    Not by `get_state_dict`, which makes an optimizer that has not moved yet (fp16 skips its first steps) take a step.
+    """
+    state = {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
+    return {f"model.{name}": p.detach() for name, p in trained.items()} | state
+
+
+def save(output: Path, state: dict, kept: dict[str, Tensor], limit: int, group) -> str:
+    """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
+
+    Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
+    """
+    start = time.perf_counter()
+    final = output / f"checkpoint-{state['step']}"
+    partial = final.with_name(final.name + PARTIAL)
+    with writing(final, sum(t.numel() * t.element_size() for t in kept.values())):
+        try:
+            on_first_process(group, _make_empty, partial)
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # synced to disk
+            dcp.save(kept, storage_writer=writer, process_group=group)
+            mine = {p.name: _digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine, group=group)
+            files = {name: digest for of_rank in everyone for name, digest in of_rank.items()}
+            size = on_first_process(group, _complete, partial, final, state, files, limit)
+        except BaseException:  # CheckpointException is one
+            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up room
+            raise
+    return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+
+
+@contextmanager
+def writing(path: Path, size: int) -> Iterator[None]:
+    """Turns what the disk or file system objects to into a Stop that names the path and the bytes it takes."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        output = path if path.is_dir() else path.parent
+        earlier = [folder.name for folder in checkpoints(output).values()]
+        raise Stop(
+            f"{path}: could not be written ({one_line(_cause(error))}). It takes {size:,} bytes; {shutil.disk_usage(output).free:,} "
+            f"are free. {earlier[0] if earlier else 'No checkpoint'} is whole; make room and type the same command again",
+            3,
+        ) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], limit: int) -> int:
+    """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
+    if missing := [name for name in files if not (partial / name).exists()]:
+        raise OSError(
+            errno.ENOENT, f"{missing[0]} is not seen by the first process; all machines must share --output_dir"
+        )
+    sizes = {name: (partial / name).stat().st_size for name in sorted(files)}
+    _write(partial / STATE, json.dumps(state | {"files": sizes}, indent=1))
+    files = {**files, STATE: _digest(partial / STATE)}
+    _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
+    _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
+    os.rename(partial, final)
+    _sync(final.parent)
+    older = [path for step, path in checkpoints(final.parent).items() if step < state["step"]]
+    newer = [path for step, path in checkpoints(final.parent).items() if step > state["step"]]  # passed over: not whole
+    for path in newer + (older[limit - 1 :] if limit else []):
+        _remove(path)
+    return sum(path.stat().st_size for path in final.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first, so that a folder half removed is not taken for a checkpoint."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}")))
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole text or nothing, even if the power fails."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify(folder: Path) -> dict:
+    """The state of a checkpoint of which every byte is as it was written. Raises ValueError saying what is not."""
+    try:
+        sums = (folder / SUMS).read_text()
+        names = [line.partition("  ")[2] for line in sums.splitlines()]
+        if STATE not in names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{SUMS} is damaged")
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(lambda name: _digest(folder / name), names))
+        for name, digest, line in zip(names, digests, sums.splitlines(keepends=True)):
+            if line != f"{digest}  {name}\n":
+                size = (folder / name).stat().st_size
+                raise ValueError(f"{name} ({size:,} bytes) or its line in {SUMS} is not as it was written")
+        state = json.loads((folder / STATE).read_text())
+        weights = {path.name for path in folder.glob("*.safetensors")}
+        if weights != set(names) - {STATE} or weights != set(state["files"]):
+            raise ValueError(f"{', '.join(sorted(weights ^ set(state['files'])))} should not be there, or be there")
+        if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
+            raise ValueError(f"{STATE} has no {', '.join(wrong)}")
+        state["recipe"]["prompts a step"], state["processes"], state["result"]["step"]
+        return state
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
+
+
+def load(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, group) -> None:
+    """Fills trained parameters and optimizer, in place, on any number of processes. All of them have to call it."""
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}
+        for name, p in trained.items():
+            prefix = f"optimizer.{name}."
+            for key in [key for key in sizes if key.startswith(prefix)]:
+                like = torch.zeros_like(p) if sizes[key] == p.shape else torch.zeros(sizes[key])
+                optimizer.state[p][key.removeprefix(prefix)] = like
+        dcp.load(tensors(trained, optimizer), storage_reader=reader, process_group=group)
+    except (CheckpointException, SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({one_line(_cause(error))})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+def catch_signals() -> list[int]:
+    """From now on SIGTERM, SIGINT and SIGUSR1 are only noted, in the list that is returned."""
+    caught: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda n, _: caught.append(n))
+    return caught
+
+
+def release_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:
+    """What any process has noticed, the same on all: (signal or 0, (micro-step, process) of the first non-finite loss).
+
+    losses: [] of each micro-step. One all-reduce of two numbers a step.
+    """
+    world_size, none = dist.get_world_size(), 1 << 40
+    finite = torch.isfinite(torch.stack(losses))
+    places = torch.arange(len(losses), device=finite.device) * world_size + dist.get_rank()
+    first = torch.where(finite, none, places).min()
+    values = torch.stack([torch.full_like(first, -max(caught, default=0)), first])
+    dist.all_reduce(values, dist.ReduceOp.MIN)
+    number, place = values.tolist()
+    return -number, None if place == none else divmod(place, world_size)
+
+
+def not_finite(what: str, step: int, groups: list[int], data: Prepared, tokenizer, hint: str) -> Stop:
+    """What to raise when training has come to nothing, naming the comparisons that were being computed."""
+    ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
+    row = data.train[groups[0]]
+    text = tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
+    return Stop(
+        f"step {step}: {what}. Computed were the training prompts {ids} (counted from 0 after the filters; the first begins "
+        f"{text!r}). {hint}. The newest checkpoint is from before this and goes on with the same command",
+        3,
+    )

@@ -1,0 +1,224 @@
+"""Data files as they should not be, and what minirm makes of them: `python tests/bench/fuzz.py --files 2000`.
+
+Every file is a good one (JSON lines, JSON, CSV, Parquet) with one to three things done to it: broken UTF-8, nulls and
+nested nulls, wrong types, huge lines, control characters, nothing at all, columns twice, bytes flipped, cut short.
+`minirm.data.prepare` has to refuse each in one line that names the file, or to account for each of its rows.
+"""
+
+import argparse
+import collections
+import csv
+import io
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from conftest import make_comparisons, make_tokenizer
+
+from minirm.data import InputError, prepare
+
+ODD = [
+    None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**400, "", " ", "\0", "\ud800", "\u2028", "\x1b[2J", "\r", "\n",
+    "<|endoftext|>", "<|endoftext|>" * 3, "NaN", "null", [], [None], {}, {"": None}, [[[None]]], {"content": None},
+    [{"role": "user", "content": None}], "x" * 100_000, "word " * 20_000, "\u0301" * 50, "\U0001f600" * 30, '"', ",", "\\",
+]  # fmt: skip
+
+
+def good_rows(rng: random.Random) -> list[dict]:
+    rows = make_comparisons(rng.randint(2, 12), seed=rng.randrange(1 << 30), per_prompt=rng.choice([1, 1, 2]))
+    for row in rows:
+        if rng.random() < 0.3:
+            row["margin"], row["subset"] = rng.choice([0, 1, 2.5]), rng.choice(["a", "b"])
+    return rows
+
+
+def change_rows(rows: list, rng: random.Random) -> None:
+    """One thing done to what the rows hold."""
+    kind, place = rng.randrange(7), rng.randrange(len(rows))
+    row = rows[place]
+    if not isinstance(row, dict) or not row or kind == 0:
+        rows[place] = rng.choice([None, [], "text", 3, {}, [row], {"row": row}])
+    elif kind == 1:
+        row[rng.choice(["prompt", "chosen", "rejected", "margin", "subset", "other"])] = rng.choice(ODD)
+    elif kind == 2:
+        del row[rng.choice(list(row))]
+    elif kind == 3:
+        rows[place] = {rng.choice([key, key.upper(), key + " ", ""]): value for key, value in row.items()}
+    elif kind == 4:
+        row["chosen"] = row.get("rejected")
+    elif kind == 5:
+        key = rng.choice(list(row))
+        row[key] = f"{row[key]}{rng.choice([x for x in ODD if isinstance(x, str)])}"
+    else:
+        rows.append(row)
+
+
+def change_bytes(data: bytes, rng: random.Random) -> bytes:
+    """One thing done to the bytes of the file."""
+    kind, place = rng.randrange(9), rng.randrange(len(data) + 1)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return (
+            data[:place]
+            + rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0", b"\x1a", b"\r", b"\n", b'"', b"}", b"\x85"])
+            + data[place:]
+        )
+    if kind == 2:
+        return b""
+    if kind == 3:
+        return rng.choice(
+            [
+                b"\n\n\n",
+                b" ",
+                b"[]",
+                b"{}",
+                b"null",
+                b"[null]",
+                b"\xef\xbb\xbf",
+                b"[" * 100_000,
+                b'{"a":' * 100_000,
+                b"9" * 5000,
+            ]
+        )
+    if kind == 4:
+        return rng.choice(
+            [
+                data.decode("latin1").encode("utf-16"),
+                b"\xef\xbb\xbf" + data,
+                data.replace(b"\n", b"\r\n"),
+                data.replace(b"\n", b"\r"),
+            ]
+        )
+    if kind == 5:
+        return data.replace(
+            rng.choice([b"chosen", b"rejected", b"prompt"]),
+            rng.choice([b"prompt", b"chosen", b"rejected", b""]),
+            rng.choice([1, -1]),
+        )
+    if kind == 6:
+        return data + data[: rng.randrange(len(data) + 1)]
+    if kind == 7:
+        return data[:place] + data[place + rng.randint(1, 30) :]
+    flipped = bytearray(data)
+    for _ in range(rng.randint(1, 5)):
+        if flipped:
+            flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+def write(rows: list, suffix: str, rng: random.Random) -> bytes | None:
+    """The rows as a file; None if the format cannot hold them."""
+    try:
+        if suffix == ".jsonl":
+            return "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows).encode()
+        if suffix == ".json":
+            return json.dumps(rows, indent=rng.choice([None, 1])).encode()
+        if suffix == ".csv":
+            text = io.StringIO(newline="")
+            names = list(dict.fromkeys(key for row in rows for key in row))
+            writer = csv.DictWriter(text, names)
+            writer.writeheader()
+            writer.writerows(rows)
+            return text.getvalue().encode()
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+        return sink.getvalue()
+    except (UnicodeEncodeError, AttributeError, TypeError, ValueError, OverflowError, pyarrow.ArrowException):
+        return None
+
+
+def make_file(folder: Path, seed: int) -> Path:
+    """A broken file, the same for the same seed."""
+    rng = random.Random(seed)
+    suffix = rng.choice([".jsonl", ".jsonl", ".json", ".csv", ".parquet"])
+    while True:
+        rows = good_rows(rng)
+        for _ in range(rng.randint(0, 2)):
+            change_rows(rows, rng)
+        data = write(rows, suffix, rng)
+        if data is not None:
+            break
+    for _ in range(rng.randint(0 if rng.random() < 0.5 else 1, 1)):
+        data = change_bytes(data, rng)
+    path = folder / f"{seed}{suffix}"
+    path.write_bytes(data)
+    return path
+
+
+def rows_in(path: Path) -> int | None:
+    """How many rows the file holds, found another way than minirm does; None for Parquet, which says so itself."""
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_metadata(path).num_rows
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".csv":
+        return sum(1 for row in csv.reader(io.StringIO(text, newline="")) if row) - 1
+    try:
+        rows = json.loads(text)
+        return len(rows) if isinstance(rows, list) else 1
+    except ValueError:
+        return len([line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()])
+
+
+def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
+    """What came of it: "refused" or "trained on". Raises AssertionError for a row lost, or whatever went wrong."""
+
+    def hang(*_):
+        raise TimeoutError(f"{path}: still busy after {seconds} s")
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(seconds)
+    try:
+        data = prepare(tokenizer, str(path), max_length=64, eval_fraction=0.3, cache_dir=cache)
+    except InputError as error:
+        message = str(error)
+        assert str(path) in message, f"names no file: {message}"
+        assert "\n" not in message and "\r" not in message and len(message) < 1000, (
+            f"more than a line: {message[:2000]!r}"
+        )
+        assert message.isprintable() or all(c.isprintable() for c in message), f"control characters: {message!r}"
+        return "refused"
+    finally:
+        signal.alarm(0)
+    counts = data.report["train"]
+    accounted = sum(n for why, n in counts.items() if why.startswith("dropped") or why in ("kept", "held out"))
+    assert counts["read"] == accounted, f"{path}: {counts}"
+    assert counts["read"] == rows_in(path), f"{path}: {counts['read']} read of {rows_in(path)}"
+    assert counts["kept"] == sum(data.train["pairs"]), f"{path}: {counts}"
+    return "trained on"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    tokenizer, results, wrong = make_tokenizer(), collections.Counter(), []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seed, args.seed + args.files):
+            path = make_file(Path(folder), seed)
+            try:
+                results[f"{path.suffix} {try_file(path, tokenizer, Path(folder) / 'cache')}"] += 1
+            except BaseException as error:  # noqa: BLE001 - all that may go wrong is what is looked for
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                wrong.append(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}")
+    print(f"{args.files} files, {time.monotonic() - start:.0f} s")
+    for name, count in sorted(results.items()):
+        print(f"  {name:<22} {count:>6}")
+    print(f"  {'wrong':<22} {len(wrong):>6}", *wrong[:40], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Runs of train.py in processes that can be killed, stopped and counted, each ready in milliseconds.
+
+Importing torch and transformers takes longer than a tiny training run. So one server process imports them once, and
+forks itself into the processes of every run, which then go the way of `torchrun train.py`: by RANK, WORLD_SIZE and so
+on in the environment. Without torchrun's agent nobody tidies up after them: what ends them is minirm alone.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Server:
+    """`run = Server().start(flags, world=2)`; then run.kill(), run.wait(), run.text()."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def ask(self, timeout: float = 60, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            raise TimeoutError(f"no answer within {timeout} s to {request}")
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *flags, world: int = 1, patch: str = "", env: dict | None = None) -> "Run":
+        """patch: Python code run in each process before train.main, with `train` and its `rank` at hand."""
+        self.count += 1
+        log = self.folder / f"run-{self.count}.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argv = [str(flag) for flag in flags]
+        pids = self.ask(argv=argv, world=world, log=str(log), patch=patch, port=port, env=env or {})
+        return Run(self, pids, log)
+
+    def run(self, *flags, timeout: float = 120, **options) -> "Run":
+        """Started, and waited for."""
+        run = self.start(*flags, **options)
+        run.wait(timeout)
+        return run
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+class Run:
+    def __init__(self, server: Server, pids: list[int], log: Path):
+        self.server, self.pids, self.log, self.codes = server, pids, log, None
+
+    def kill(self, number: int = signal.SIGKILL, ranks=None) -> None:
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            os.kill(self.pids[rank], number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes by rank; -9 is killed. Whoever still runs after `timeout` seconds is killed, with an error."""
+        if self.codes is None:
+            end, self.codes = time.monotonic() + timeout, []
+            for pid in self.pids:
+                while (code := self.server.ask(wait=pid)) is None:
+                    if time.monotonic() > end:
+                        self.kill()
+                        raise TimeoutError(f"still running after {timeout} s:\n{self.text()[-3000:]}")
+                    time.sleep(0.02)
+                self.codes.append(code)
+        return self.codes
+
+    def text(self) -> str:
+        return self.log.read_text().replace("\r", "\n")
+
+    def until(self, condition, timeout: float = 60) -> bool:
+        """Waits for condition() to come true; False if the run ends before."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if any(self.server.ask(ended=pid) for pid in self.pids):
+                return False
+            assert time.monotonic() < end, f"waited {timeout} s in vain:\n{self.text()[-3000:]}"
+            time.sleep(0.002)
+        return True
+
+
+def serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    codes: dict[int, int | None] = {}
+
+    def ended(pid: int) -> bool:
+        if codes[pid] is None:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            codes[pid] = os.waitstatus_to_exitcode(status) if done else None
+        return codes[pid] is not None
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "argv" in request:
+            pids = []
+            for rank in range(request["world"]):
+                pid = os.fork()
+                if pid == 0:
+                    child(train, rank, request)
+                pids.append(pid)
+                codes[pid] = None
+            answer = pids
+        elif "wait" in request:
+            answer = codes[request["wait"]] if ended(request["wait"]) else None
+        else:
+            answer = ended(request["ended"])
+        print(json.dumps(answer), flush=True)
+    for pid in codes:
+        if not ended(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def child(train, rank: int, request: dict) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["world"] > 1:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world"])}
+        os.environ.update(where | ranks)
+    os.environ.update(request["env"])
+    code = 1
+    try:
+        exec(request["patch"], {"train": train, "rank": rank})
+        code = train.main(request["argv"])
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,442 @@
+"""Loading and saving: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
+
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from minirm.data import InputError
+from minirm.model import PAD_TOKEN, RewardModel, empty_model, export, init_head, load_config, load_weights
+
+FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
+
+
+def load(folder, seed=0):
+    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name."""
+    config, tokenizer = load_config(str(folder))
+    model = empty_model(config).to_empty(device="cpu")
+    weights = load_weights(str(folder), config, seed)
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    assert sorted(weights) == sorted(names)
+    with torch.no_grad():
+        for name, target in [*model.named_parameters(), *model.named_buffers()]:
+            assert target.shape == weights[name].shape, name
+            target.copy_(weights[name])
+    return model, config, tokenizer
+
+
+def state(model):
+    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def exported(model_folder, tmp_path_factory):
+    """exported("llama") -> (RewardModel, tokenizer, folder) of an exported model, its head larger than a fresh one."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            model, config, tokenizer = load(model_folder(family), seed=1)
+            folder = tmp_path_factory.mktemp(f"exported-{family}")
+            export(state(model), config, tokenizer, folder)
+            made[family] = model, tokenizer, folder
+        return made[family]
+
+    return get
+
+
+TEXTS = [
+    "the good answer is short",
+    "it",
+    "this is not wrong",
+    "a very long and helpful answer, or is it the question that was long?",
+    "or",
+    "bad bad bad bad",
+    "clear",
+    "the question was very clear and the answer was very short",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What others load
+
+
+@pytest.fixture
+def load_elsewhere(caplog, capfd):
+    """load_elsewhere(folder) -> (what plain transformers makes of it, its loading info, all that it said meanwhile)."""
+
+    def get(folder):
+        transformers.utils.logging.set_verbosity_info()
+        transformers.utils.logging.enable_propagation()  # so that caplog sees it
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                other, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    folder, output_loading_info=True
+                )
+        finally:
+            transformers.utils.logging.disable_propagation()
+            transformers.utils.logging.set_verbosity_warning()
+        said = caplog.text + "".join(capfd.readouterr()) + "".join(str(w.message) for w in caught)
+        return other, info, said
+
+    return get
+
+
+def test_a_plain_language_model_loaded_elsewhere_does_warn(load_elsewhere, model_folder):
+    """So that the silence below means something."""
+    _, info, said = load_elsewhere(model_folder("gptj"))
+    assert "newly initialized" in said and info["missing_keys"] == {"score.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_folder_loads_elsewhere_and_gives_the_trainers_scores(load_elsewhere, exported, family):
+    model, tokenizer, folder = exported(family)
+    other, info, said = load_elsewhere(folder)
+    assert "newly initialized" not in said
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [text + theirs.eos_token for text in TEXTS]
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([tokenizer(text)["input_ids"]]))[0, -1] for text in texts])
+        one_by_one = torch.cat([other(**theirs(text, return_tensors="pt")).logits[:, 0] for text in texts])
+        batch = theirs(texts, return_tensors="pt", padding=True)
+        together = other(**batch).logits
+    assert batch["input_ids"].shape[0] == 8 and (batch["attention_mask"][:, 0] == 1).all()  # right padding
+    assert (batch["attention_mask"][:, -1] == 0).sum() == 7
+    assert together.shape == (8, 1)
+    assert (one_by_one - expected).abs().max() < 1e-5
+    assert (together[:, 0] - expected).abs().max() < 1e-5
+    assert expected.std() > 0.01  # eight texts, eight scores
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_export_keeps_its_contract(exported, family):
+    _, tokenizer, folder = exported(family)
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    assert architecture.endswith("ForSequenceClassification")
+    assert (config["id2label"], config["label2id"]) == ({"0": "LABEL_0"}, {"LABEL_0": 0})
+    assert config["problem_type"] == "regression"
+    assert isinstance(config["pad_token_id"], int)
+    assert config["pad_token_id"] == tokenizer.pad_token_id != config["eos_token_id"]
+    assert 0 <= config["pad_token_id"] < config["vocab_size"]
+    weights = load_file(folder / "model.safetensors")
+    assert weights["score.weight"].shape == (1, 32)
+    prefix = getattr(transformers, architecture).base_model_prefix + "."
+    assert [name for name in weights if not name.startswith(prefix)] == ["score.weight"]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.pad_token_id == config["pad_token_id"] and theirs.padding_side == "right"
+
+
+def test_the_chat_template_is_exported(model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama"), source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(source)
+    model, config, tokenizer = load(source)
+    export(state(model), config, tokenizer, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_path, dtype):
+    model, config, tokenizer = load(model_folder("gptj"))
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state(model).items()}
+    export(half, config, tokenizer, tmp_path)
+    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
+    assert other.dtype == dtype
+
+
+def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
+    model, config, tokenizer = load(model_folder("gpt2"))
+    weights = state(model)
+    del weights["trunk.ln_f.weight"]
+    with pytest.raises(RuntimeError, match=r"GPT2ForSequenceClassification .*transformer\.ln_f\.weight"):
+        export(weights, config, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_given_as_model_keeps_its_head_and_scores(exported, family):
+    model, tokenizer, folder = exported(family)
+    again, _, theirs = load(folder, seed=99)
+    assert torch.equal(again.score.weight, model.score.weight)
+    assert (theirs.pad_token_id, len(theirs)) == (tokenizer.pad_token_id, len(tokenizer))
+    assert again.trunk.get_input_embeddings().weight.shape == model.trunk.get_input_embeddings().weight.shape
+    ids = torch.tensor([tokenizer(TEXTS[3])["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(again(ids), model(ids))
+
+
+def test_a_classifier_of_two_labels_gets_a_new_head(model_folder, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(model_folder("llama"), num_labels=2, pad_token_id=0)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, config, _ = load(tmp_path, seed=3)
+    assert config.num_labels == 1
+    assert torch.equal(model.score.weight, init_head(32, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_for_every_token_and_it_depends_on_nothing_behind(model_folder, family):
+    model, _, tokenizer = load(model_folder(family))
+    ids = torch.tensor([tokenizer(TEXTS[3])["input_ids"]])
+    with torch.no_grad():
+        whole, part = model(ids), model(ids[:, :5])
+    assert whole.shape == ids.shape and whole.dtype == torch.float32
+    assert torch.allclose(whole[:, :5], part, atol=1e-6)
+
+
+def test_rewards_are_the_head_applied_to_the_trunks_own_output(model_folder):
+    model, _, _ = load(model_folder("llama"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32).eval()
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        expected = plain.model(ids).last_hidden_state @ model.score.weight[0]
+        assert torch.allclose(model(ids), expected, atol=1e-6)
+
+
+def test_the_head_and_its_rewards_are_fp32_under_autocast(model_folder):
+    model, _, _ = load(model_folder("gptj"))
+    hidden = []
+    model.trunk.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rewards = model(torch.arange(10, 20)[None])
+    assert rewards.dtype == model.score.weight.dtype == torch.float32
+    assert torch.allclose(rewards, hidden[0].float() @ model.score.weight[0], atol=1e-6)
+
+
+def test_dropout_is_off(model_folder):
+    """GPT-2's config drops a tenth of everything."""
+    model, config, _ = load(model_folder("gpt2"))
+    assert config.resid_pdrop == 0.1 and not any(module.training for module in model.modules())
+    ids = torch.arange(10, 20)[None]
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_the_empty_model_takes_no_memory(model_folder):
+    config, _ = load_config(str(model_folder("gptj")))
+    model = empty_model(config)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_new_head_is_normal_with_standard_deviation_1_over_the_root_of_width_plus_1():
+    """1 / sqrt(4095 + 1) = 1 / 64 = 0.015625; with 4095 numbers the estimate is within 4 / sqrt(2 * 4095) = 4.4 %."""
+    head = init_head(4095, seed=0)
+    assert head.shape == (1, 4095) and head.dtype == torch.float32
+    assert head.std().item() == pytest.approx(0.015625, rel=0.044)
+    assert abs(head.mean().item()) < 4 * 0.015625 / 64
+    assert torch.equal(head, init_head(4095, seed=0)) and not torch.equal(head, init_head(4095, seed=1))
+
+
+def test_opt_350m_whose_last_hidden_states_are_narrower_can_be_trained_and_exported(tmp_path):
+    changes = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    model, config, tokenizer = load(make_model(tmp_path / "in", "opt", **changes))
+    assert model.score.weight.shape == (1, 16)
+    export(state(model), config, tokenizer, tmp_path / "out")
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        assert torch.allclose(other(ids).logits[:, 0], model(ids)[:, -1], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pad tokens and vocabularies
+
+
+def with_vocabulary(folder, family, tokenizer, vocab_size):
+    make_model(folder, family, vocab_size=vocab_size)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spare", [0, 1, 50])
+def test_a_pad_token_is_added_where_there_is_none_and_embeddings_only_where_they_are_full(tmp_path, family, spare):
+    tokenizer = make_tokenizer()
+    count = len(tokenizer)
+    folder = with_vocabulary(tmp_path / "in", family, tokenizer, count + spare)
+    model, config, theirs = load(folder)
+    assert (theirs.pad_token, theirs.pad_token_id) == (PAD_TOKEN, count)
+    assert config.pad_token_id == count != theirs.eos_token_id
+    wanted = count + max(spare, 1)
+    assert config.vocab_size == model.trunk.get_input_embeddings().num_embeddings == wanted
+    before = transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight
+    assert torch.equal(model.trunk.get_input_embeddings().weight[: len(before)], before)
+    export(state(model), config, theirs, tmp_path / "out")
+    other, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert other.get_input_embeddings().num_embeddings == wanted
+
+
+def test_a_pad_token_that_is_eos_is_replaced(tmp_path):
+    tokenizer = make_tokenizer(pad="<|endoftext|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    config, theirs = load_config(str(with_vocabulary(tmp_path, "llama", tokenizer, len(tokenizer))))
+    assert (theirs.eos_token, theirs.pad_token) == ("<|endoftext|>", PAD_TOKEN)
+    assert config.pad_token_id == theirs.pad_token_id == len(tokenizer) != theirs.eos_token_id
+
+
+def test_a_pad_token_of_its_own_is_kept(tmp_path):
+    tokenizer = make_tokenizer(pad="<pad>")
+    config, theirs = load_config(str(with_vocabulary(tmp_path, "llama", tokenizer, len(tokenizer))))
+    assert (theirs.pad_token, len(theirs)) == ("<pad>", len(tokenizer))
+    assert config.pad_token_id == tokenizer.pad_token_id
+    assert config.vocab_size == len(tokenizer)
+
+
+def test_padding_goes_to_the_right_whatever_the_tokenizer_says(tmp_path):
+    tokenizer = make_tokenizer()
+    folder = with_vocabulary(tmp_path, "gpt2", tokenizer, len(tokenizer))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": "left"}))
+    assert transformers.AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    _, theirs = load_config(str(folder))
+    assert theirs.padding_side == "right"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: one line, before any weight
+
+
+def refusal(name):
+    with pytest.raises(InputError) as caught:
+        load_config(str(name))
+    message = str(caught.value)
+    assert message.startswith(f"--model {name}: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "no-such-model", "/no/such/folder", "a/b/c", "x y", ""])
+def test_unknown_models_are_refused(name):
+    assert "no such model folder or name" in refusal(name)
+
+
+def config_only(folder, config):
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, wanted",
+    [
+        (transformers.BertConfig(), "bert is not a decoder"),
+        (transformers.BertConfig(is_decoder=True), "bert is not a decoder"),
+        (transformers.RobertaConfig(), "roberta is not a decoder"),
+        (transformers.T5Config(), "t5 is not a decoder"),
+        (transformers.BartConfig(), "bart is not a decoder"),
+        (transformers.ViTConfig(), "vit is not a decoder"),
+        (transformers.CodeGenConfig(), "no sequence-classification class for codegen"),
+        (transformers.XGLMConfig(), "no sequence-classification class for xglm"),
+        (transformers.MambaConfig(), "no sequence-classification class for mamba"),
+        (transformers.CTRLConfig(), "CTRLForSequenceClassification is more than a linear head"),
+        (
+            transformers.ModernBertDecoderConfig(),
+            "is more than a linear head on the last token (classifier.weight, head",
+        ),
+    ],
+    ids=lambda value: type(value).__name__.removesuffix("Config") if not isinstance(value, str) else "",
+)
+def test_what_is_no_decoder_or_could_not_be_loaded_afterwards_is_refused(tmp_path, config, wanted):
+    assert wanted in refusal(config_only(tmp_path, config))
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    make_model(tmp_path, "llama")
+    make_tokenizer(eos=None).save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "eos_token"}))
+    assert "no EOS token" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "nonsense"},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 5},
+        {"rope_parameters": {"rope_type": "x"}},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_refused(model_folder, tmp_path, changes):
+    shutil.copytree(model_folder("llama"), tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert re.search("not one for transformers|cannot make a model", refusal(tmp_path / "x"))
+
+
+def test_a_config_that_is_not_json_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text("{")
+    assert "not a valid JSON file" in refusal(tmp_path / "x")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "its tokenizer cannot be loaded" in refusal(tmp_path / "x")
+
+
+def test_a_model_that_brings_its_own_code_is_refused_without_a_question(model_folder, tmp_path, monkeypatch):
+    """transformers asks on the terminal whether to run the code, and every rank would wait for an answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    shutil.copytree(model_folder("llama"), tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    changes = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert "custom code" in refusal(tmp_path / "x")
+
+
+def test_missing_weights_are_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("gpt2"), tmp_path / "x")
+    weights = load_file(tmp_path / "x" / "model.safetensors")
+    del weights["transformer.h.2.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "x" / "model.safetensors", metadata={"format": "pt"})
+    config, _ = load_config(str(tmp_path / "x"))
+    with pytest.raises(InputError, match=r"weights missing from the checkpoint: .*h\.2\.mlp\.c_fc\.weight \(1\)"):
+        load_weights(str(tmp_path / "x"), config, 0)
+
+
+def test_a_folder_without_weights_or_with_half_of_them_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("gpt2"), tmp_path / "x")
+    config, _ = load_config(str(tmp_path / "x"))
+    path = tmp_path / "x" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="its weights cannot be loaded"):
+        load_weights(str(tmp_path / "x"), config, 0)
+    path.unlink()
+    with pytest.raises(InputError, match="its weights cannot be loaded"):
+        load_weights(str(tmp_path / "x"), config, 0)
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("gpt2"), tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": 77}))
+    config, _ = load_config(str(tmp_path / "x"))
+    with pytest.raises(InputError, match="its weights cannot be loaded|missing"):
+        load_weights(str(tmp_path / "x"), config, 0)
+
+
+def test_the_reward_model_takes_a_trunk_that_a_person_made():
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    rewards = RewardModel(transformers.AutoModel.from_config(config))(torch.arange(10)[None])
+    assert rewards.shape == (1, 10) and rewards.requires_grad

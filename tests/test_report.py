@@ -1,0 +1,179 @@
+"""What a run prints at its start: `python -m pytest tests/test_report.py`. No network; tokenises a few short texts.
+
+The three comparisons of the table, in characters, since the tokenizer knows no merges (one token a character, EOS one
+more): prompt "p" + separator "|" + answers of 9 ("a b c d e") and 11 ("a b c d e f") characters, so texts of 1 + 1 + 9
++ 1 = 12 and 14 tokens.
+"""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_model, make_tokenizer, write_jsonl
+
+from minirm.data import prepare
+from minirm.freeze import freeze_bottom_layers
+from minirm.model import empty_model, load_config
+from minirm.report import data_table, freeze_line, marked_pair, model_card, start_report
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(texts=["x"])
+
+
+def table_rows(table):
+    """{name: (train, held out)} as printed."""
+    return {m[1].strip(): (m[2], m[3]) for m in re.finditer(r"^(.*?)  +(\S+)  +(held out|\S+)$", table, re.MULTILINE)}
+
+
+NINE, ELEVEN = "a b c d e", "a b c d e f"
+TRAIN = [
+    {"prompt": "p", "chosen": ELEVEN, "rejected": NINE},
+    {"prompt": "p", "chosen": NINE, "rejected": NINE + " f"},  # the same two answers, the other way round
+    {"prompt": "q", "chosen": ELEVEN, "rejected": NINE},
+    {"prompt": "r", "chosen": ELEVEN, "rejected": "a b c d f g"},  # as long as each other
+    {"prompt": "s", "chosen": NINE, "rejected": NINE},
+    {"prompt": "t", "chosen": NINE, "rejected": "one two"},
+    {"prompt": "u", "chosen": NINE, "rejected": ELEVEN, "margin": 0},
+]
+EVAL = [
+    {"prompt": "p", "chosen": NINE, "rejected": ELEVEN},
+    {"prompt": "v", "chosen": "yes", "rejected": "no"},
+]
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    sources = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("train", TRAIN), ("eval", EVAL))]
+    return prepare(tokenizer, *sources, separator="|", cache_dir=folder)
+
+
+def test_the_table_counts_what_was_read_dropped_and_kept(data):
+    """Shared: prompt p: 12 tokens in common less EOS, that is "p|a b c d e" (11), then EOS, " f" + EOS: 11 + 1 + 3 = 15.
+
+    q the same, 15; r: "p|a b c d " (10) + "e f" + EOS and "f g" + EOS: 10 + 4 + 4 = 18. Together 48.
+    Separate: 12 + 14, 12 + 14, 14 + 14 = 80. Saved: 1 - 48 / 80 = 40.0 %.
+    Held out: 15 and "v|" (2) + "yes" + EOS + "no" + EOS: 2 + 4 + 3 = 9, so 24; separate 26 + 6 + 5 = 37; 35.1 %.
+    Chosen is longer in 2 of 4 and shorter in 1 of 4; held out in 1 of 2 each.
+    """
+    rows = table_rows(data_table(data.report, "shared"))
+    assert rows == {
+        "comparisons": ("train", "held out"),
+        "read": ("7", "2"),
+        "dropped: answer under 5 words": ("1", "0"),
+        "dropped: identical answers": ("1", "0"),
+        "dropped: tie (margin 0)": ("1", "0"),
+        "kept": ("4", "2"),
+        "of them with a prompt of the training data": ("0", "1"),
+        "prompts": ("3", "2"),
+        "tokens, each answer with its prompt": ("80", "37"),
+        "tokens, each prompt once": ("48", "24"),
+        "saved": ("40.0%", "35.1%"),
+        "the longer answer is the chosen one": ("50.0%", "50.0%"),
+        "the shorter answer is the chosen one": ("25.0%", "50.0%"),
+    }
+
+
+def test_separate_rows_promise_no_saving(data):
+    rows = table_rows(data_table(data.report, "separate"))
+    assert "saved" not in rows and rows["tokens, each answer with its prompt"] == ("80", "37")
+
+
+def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_path):
+    """--max_length 14 against a prompt of 5: two comparisons of one prompt, 16 and 18 tokens, lose 2 and 4 tokens."""
+    rows = [
+        {"prompt": "ppppp", "chosen": NINE, "rejected": "e d c b a"},
+        {"prompt": "ppppp", "chosen": ELEVEN, "rejected": "e d c b a"},
+        {"prompt": "q", "chosen": NINE, "rejected": "e d c b a"},
+    ]
+    source = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    data = prepare(tokenizer, source, source, separator="|", max_length=14, cache_dir=tmp_path)
+    table = table_rows(data_table(data.report, "shared"))
+    assert table["kept"] == ("3", "3")
+    assert table["of them with the prompt cut"] == ("2", "2")
+    assert table["prompts"] == ("2", "2")
+    assert "of them with an answer cut" not in table
+
+
+def test_held_out_comparisons_are_in_the_table(tokenizer, tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": ELEVEN, "rejected": NINE} for i in range(20)]
+    source = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    data = prepare(tokenizer, source, eval_fraction=0.1, separator="|", cache_dir=tmp_path)
+    table = table_rows(data_table(data.report, "shared"))
+    assert (table["read"], table["held out"], table["kept"]) == (("20", "2"), ("2", "0"), ("18", "2"))
+
+
+def test_the_marked_pair_shows_what_is_scored_and_eos_as_the_last_scored_token(data, tokenizer):
+    lines = marked_pair(data.train[0], tokenizer).splitlines()
+    assert lines[1] == "  both      'p|a b c d e'"
+    assert lines[2] == "  chosen    [[' f<|endoftext|>']] 14 tokens, the last is '<|endoftext|>'"
+    assert lines[3] == "  rejected  [['<|endoftext|>']] 12 tokens, the last is '<|endoftext|>'"
+
+
+def test_the_marked_pair_is_the_first_comparison_of_its_group_not_all_of_them(data, tokenizer):
+    """Of three answers the first two share more than all three do; what they share is not scored."""
+    group = {"prefix": [], "completions": [tokenizer(t)["input_ids"] for t in ("xab", "xac", "y")]}
+    lines = marked_pair({**group, "chosen": [1], "rejected": [0]}, tokenizer).splitlines()
+    assert lines[1:] == [
+        "  both      'xa'",
+        "  chosen    [['c']] 3 tokens, the last is 'c'",
+        "  rejected  [['b']] 3 tokens, the last is 'b'",
+    ]
+
+
+def test_a_long_pair_is_shown_in_part_with_its_end(tokenizer):
+    group = {"prefix": tokenizer("p" * 500)["input_ids"], "chosen": [0], "rejected": [1]}
+    group["completions"] = [
+        tokenizer("a" * 500 + "<|endoftext|>")["input_ids"],
+        tokenizer("b<|endoftext|>")["input_ids"],
+    ]
+    lines = marked_pair(group, tokenizer, context=100).splitlines()
+    assert lines[1] == f"  both      '...{'p' * 100}'"
+    assert (
+        lines[2] == f"  chosen    [['{'a' * 50} ... {'a' * 37}<|endoftext|>']] 1001 tokens, the last is '<|endoftext|>'"
+    )
+
+
+def test_a_prompt_with_line_breaks_stays_on_its_line(tokenizer):
+    ids = [tokenizer(t)["input_ids"] for t in ("one\ntwo", "a\nb", "c")]
+    text = marked_pair({"prefix": ids[0], "completions": ids[1:], "chosen": [0], "rejected": [1]}, tokenizer)
+    assert len(text.splitlines()) == 4
+
+
+def test_the_line_on_freezing_counts_layers_and_parameters(tmp_path):
+    """GPT-2, 4 layers of width 32, without a language-model head: a block has 12 * 32 * 32 + 13 * 32 = 12,704
+
+    parameters; the final norm 64; the head 32; int(0.3 * 4) = 1 layer trained: 12,704 + 64 + 32 = 12,800.
+    Embeddings: (327 tokens + pad) * 32 + 1024 * 32 = 43,264 at 328 tokens; in all 4 * 12,704 + 96 + embeddings.
+    """
+    config, _ = load_config(str(make_model(tmp_path / "gpt2", "gpt2")))
+    model = empty_model(config)
+    total = 4 * 12_704 + 96 + (config.vocab_size + 1024) * 32
+    line = freeze_line(model, freeze_bottom_layers(model))
+    assert line == f"frozen: layers 0-2 of 4; trained: 12,800 of {total:,} parameters ({12_800 / total:.1%})"
+    model = empty_model(config)
+    line = freeze_line(model, freeze_bottom_layers(model, 0))
+    assert line == f"frozen: no layer; trained: {total:,} of {total:,} parameters (100.0%)"
+    model = empty_model(config)
+    line = freeze_line(model, freeze_bottom_layers(model, 1))
+    assert line == f"frozen: layers 0-3 of 4; trained: 32 of {total:,} parameters (0.0%)"
+
+
+def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
+    config, _ = load_config(str(make_model(tmp_path / "gpt2", "gpt2")))
+    model = empty_model(config)
+    report = start_report(data, tokenizer, model, freeze_bottom_layers(model), "shared")
+    assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
+
+
+def test_the_model_card_states_the_runs_numbers(data):
+    args = SimpleNamespace(
+        model="some/model", loss="divergence", freeze_ratio=0.7, learning_rate=1e-5, precision="fp16", separator="\n"
+    )
+    result = {"eval_accuracy": 0.71234, "eval_pairs": 1320, "eval_ties": 2, "eval_loss": 0.5, "step": 1000}
+    card = model_card(args, data.report, result)
+    assert "| held-out accuracy | 0.7123 on 1,320 pairs (2 ties" in card
+    assert "| trained on | 4 pairs, 3 prompts, 1,000 optimizer steps |" in card
+    assert "text = prompt + '\\n' + answer + tokenizer.eos_token" in card

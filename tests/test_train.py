@@ -1,0 +1,309 @@
+"""The real command on tiny models: one process and several, the published procedure, and what is refused.
+
+Run: pytest tests/test_train.py. Needs no network and no GPU; two to four gloo processes on the CPU.
+"""
+
+import importlib
+import json
+import resource
+
+import pytest
+import torch
+import transformers
+from conftest import SHARED_DATA, make_comparisons, make_model, make_tokenizer, read_metrics, run_train, write_jsonl
+from safetensors.torch import load_file
+from test_attention import FAMILIES, REFUSED
+
+from minirm.data import prepare
+from minirm.model import init_head
+from minirm.plan import make_plan
+
+QUICK = ["--max_length", 200, "--warmup_steps", 0, "--learning_rate", 1e-3, "--logging_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """23 comparisons of 23 prompts to train on; 11 of 7 prompts, which neither 2 nor 3 divides, to evaluate on."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = make_comparisons(7, seed=2, per_prompt=2)[:7] + make_comparisons(4, seed=3)
+    return write_jsonl(folder / "train.jsonl", make_comparisons(23)), write_jsonl(folder / "eval.jsonl", rows)
+
+
+def trained(data, output, model, *flags, processes=0, timeout=240):
+    """Runs the command to its end and returns its metrics.jsonl. One process runs in here, which saves the imports."""
+    flags = ["--model", model, "--train_data", data[0], "--eval_data", data[1], "--output_dir", output, *QUICK, *flags]
+    if processes:
+        result = run_train(*flags, processes=processes, timeout=timeout)
+        assert result.returncode == 0, result.stderr[-3000:]
+    else:
+        assert importlib.import_module("train").main([str(flag) for flag in flags]) == 0
+    return read_metrics(output)
+
+
+def test_importing_train_does_nothing():
+    module = importlib.import_module("train")
+    assert module.parse_args(["--model", "x"]).learning_rate == 1e-5
+
+
+def test_defaults_are_the_recipe_and_only_the_demo_has_others():
+    train = importlib.import_module("train")
+    args = train.parse_args(["--model", "some/decoder"])
+    assert (args.learning_rate, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1e-5, 1, 4)
+    assert (args.num_train_epochs, args.warmup_steps, args.freeze_ratio, args.max_length) == (5, 100, 0.7, 550)
+    assert train.parse_args([]).learning_rate > 1e-5  # a tiny model wants more
+    assert train.parse_args(["--learning_rate", "1e-5"]).learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "qwen2"])
+def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, model_folder, data, tmp_path):
+    real = [SHARED_DATA / "comparisons_train.jsonl", SHARED_DATA / "comparisons_eval.jsonl"]
+    use_real = family == "gptj" and all(path.exists() for path in real)
+    pairs = 320 if use_real else 11
+    flags = ["--precision", "fp16", "--max_steps", 6, *(["--max_length", 550] if use_real else [])]
+    rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *flags, processes=2)
+    train_rows, eval_rows = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    assert [r["eval_pairs"] for r in eval_rows] == [pairs, pairs]
+    assert [r["step"] for r in train_rows] == [1, 2, 3, 4, 5, 6]
+    # The scale starts at 2**16 and halves with every skipped step.
+    assert all(r["loss_scale"] == 2.0 ** (16 - r["skipped_steps"]) for r in train_rows)
+    assert all(0 < r["loss"] < 5 and 0 <= r["accuracy"] <= 1 and r["tokens"] > 0 for r in train_rows)
+
+
+def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(model_folder, data, tmp_path):
+    """23 groups, 4 a step: the sixth step has three. Processes x groups a micro-step x micro-steps is always 4."""
+    runs = {}
+    for processes, batch, accumulation in ((0, 1, 4), (2, 1, 2), (4, 1, 1), (0, 4, 1)):
+        output = tmp_path / f"{processes}-{batch}"
+        flags = [
+            "--max_steps",
+            6,
+            "--per_device_train_batch_size",
+            batch,
+            "--gradient_accumulation_steps",
+            accumulation,
+        ]
+        rows = trained(data, output, model_folder("llama"), *flags, processes=processes)
+        runs[processes, batch] = ([r for r in rows if "loss" in r], load_file(output / "model.safetensors"))
+    rows, weights = runs.pop((0, 1))
+    assert sorted(row["pairs"] for row in rows) == [3, 4, 4, 4, 4, 4]
+    for name, (other_rows, other_weights) in runs.items():
+        for key in ("loss", "grad_norm", "accuracy", "reward_margin", "pairs", "tokens"):
+            got, wanted = [r[key] for r in other_rows], [r[key] for r in rows]
+            assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6), (name, key)
+        for key, tensor in weights.items():
+            torch.testing.assert_close(other_weights[key], tensor, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
+
+
+def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, data, tmp_path):
+    rows = [trained(data, tmp_path / f"{n}", model_folder("gpt2"), "--max_steps", 0, processes=n)[0] for n in (0, 2, 3)]
+    assert [row["eval_pairs"] for row in rows] == [11, 11, 11]
+    for row in rows[1:]:
+        assert row == pytest.approx(rows[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
+    """A plain rendering of CarperAI/trlx's trainer: two full sequences padded to --max_length, a loop over pairs.
+
+    GPT-J, 4 layers of which int(0.3 * 4) = 1 is trained, embeddings trained, AdamW, clipping at 1, four pairs a step.
+    """
+    model, length, steps = make_model(tmp_path / "model", "gptj"), 96, 10
+    data = [
+        write_jsonl(tmp_path / "train.jsonl", make_comparisons(40)),
+        write_jsonl(tmp_path / "eval.jsonl", make_comparisons(3)),
+    ]
+    flags = [
+        "--loss",
+        "trlx",
+        "--train_embeddings",
+        "--max_length",
+        length,
+        "--max_steps",
+        steps,
+        "--row_layout",
+        layout,
+    ]
+    got = [r["loss"] for r in trained(data, tmp_path / "out", model, *flags) if "loss" in r]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    eos = tokenizer.eos_token_id
+    trunk = transformers.AutoModel.from_pretrained(model)
+    head = torch.nn.Parameter(init_head(32, seed=0))
+    trunk.h[:3].requires_grad_(False)
+    parameters = [*(p for p in trunk.parameters() if p.requires_grad), head]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    groups = prepare(tokenizer, str(data[0]), str(data[1]), max_length=length).train
+    plan = make_plan(groups["shared_tokens"][:], groups["pairs"][:], world_size=1, batch_size=1, accumulation=4)
+    wanted = []
+    for step in plan[:steps]:
+        losses = []
+        for ((index,),) in step.micro_steps:
+            group = groups[index]
+            texts = [group["prefix"] + group["completions"][group[side][0]] for side in ("chosen", "rejected")]
+            ids = torch.tensor([text + [eos] * (length - len(text)) for text in texts])
+            mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts])
+            rewards = trunk(ids, attention_mask=mask).last_hidden_state @ head[0]
+            end = max(int((row == eos).nonzero()[0]) for row in ids)  # pad = EOS: the first one ends the text
+            start = int((ids[0] != ids[1]).nonzero()[0])
+            loss = -torch.log(torch.sigmoid(rewards[0, start:end] - rewards[1, start:end])).mean()
+            (loss / 4).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(sum(losses) / 4)
+    assert len(got) == steps and got == pytest.approx(wanted, abs=1e-4)
+    assert max(wanted) - min(wanted) > 1e-2  # the steps differ, so equal losses mean equal steps
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Six prompts with four comparisons each around one chosen answer: five completions, which differ in length."""
+    folder = tmp_path_factory.mktemp("ranked")
+    rows = make_comparisons(24, seed=5, per_prompt=4)
+    return write_jsonl(folder / "train.jsonl", rows), write_jsonl(folder / "eval.jsonl", rows[:8])
+
+
+def in_both_layouts(data, folder, model, *flags):
+    """metrics.jsonl of the same command with shared and with separate rows, weights unchanged."""
+    flags = [*flags, "--learning_rate", 0, "--max_steps", 2, "--per_device_train_batch_size", 2]
+    return [trained(data, folder / layout, model, *flags, "--row_layout", layout) for layout in ("shared", "separate")]
+
+
+def assert_same_metrics(shared, separate):
+    for key in ("loss", "reward_margin", "accuracy", "eval_loss", "eval_reward_margin", "eval_accuracy", "pairs"):
+        got, wanted = [[row[key] for row in rows if key in row] for rows in (shared, separate)]
+        assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mpt"])
+def test_shared_and_separate_rows_give_the_same_metrics_in_every_family(family, ranked, tmp_path, capfd):
+    kind, values = {**FAMILIES, **REFUSED}[family]
+    tokenizer = make_tokenizer()
+    values = values | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    config = transformers.CONFIG_MAPPING[kind](**values, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # biases and attention away from their tame initial values
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    shared, separate = in_both_layouts(ranked, tmp_path, tmp_path / "model", "--freeze_ratio", 0.5)
+    assert_same_metrics(shared, separate)
+    saved = [row["tokens_saved"] for row in shared if "loss" in row]
+    shown = capfd.readouterr().out
+    if family in ("bloom", "mpt"):
+        assert max(saved) == 0 and f"shared rows would not be exact: {family}" in shown
+    else:
+        assert min(saved) > 0.2 and "would not be exact" not in shown
+
+
+@pytest.mark.parametrize("loss", ["divergence", "last", "trlx"])
+def test_shared_and_separate_rows_give_the_same_metrics_for_every_loss(loss, model_folder, ranked, tmp_path):
+    assert_same_metrics(*in_both_layouts(ranked, tmp_path, model_folder("gptj"), "--loss", loss))
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder, data, tmp_path):
+    flags = ["--max_steps", 3]
+    rows = trained(data, tmp_path / "a", model_folder("llama"), *flags)
+    again = trained(data, tmp_path / "b", model_folder("llama"), *flags, "--gradient_checkpointing")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in again if key in r] == pytest.approx([r[key] for r in rows if key in r], rel=1e-6)
+
+
+def test_a_row_of_8192_tokens_trains_within_4_gib(tmp_path):
+    """One prompt of 7,900 tokens with two answers. In a process of its own, whose peak is the largest of all of ours."""
+    model = make_model(tmp_path / "model", "gptj", n_positions=8192)
+    rows = make_comparisons(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    word = len(tokenizer(" answer")["input_ids"])
+    rows[0]["prompt"] = " ".join(["answer"] * (7900 // word))
+    data = write_jsonl(tmp_path / "train.jsonl", rows)
+    flags = ["--model", model, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out", *QUICK]
+    result = run_train(*flags, "--max_length", 8192, "--max_steps", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (row,) = (row for row in read_metrics(tmp_path / "out") if "loss" in row)
+    assert 7900 < row["tokens"] <= 8192 and row["tokens_saved"] > 0.45
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def refused(model_folder, data, tmp_path_factory):
+    """refused(flags...) -> the one line that the command answers. All in one process, which saves the imports."""
+    train = importlib.import_module("train")
+
+    def run(capsys, *flags, **changes):
+        folder = tmp_path_factory.mktemp("refused")
+        settings = {
+            "model": model_folder("gpt2"),
+            "train_data": data[0],
+            "eval_data": data[1],
+            "output_dir": folder / "out",
+        }
+        settings |= changes
+        argv = [str(x) for name, value in settings.items() for x in (f"--{name}", value)] + [
+            str(flag) for flag in flags
+        ]
+        code = train.main(argv)
+        out, err = capsys.readouterr()
+        assert code == 2 and out == "", (code, out)
+        lines = [
+            line
+            for line in err.replace("\r", "\n").splitlines()
+            if line.strip() and "it/s" not in line and "?" not in line
+        ]
+        assert len(lines) == 1 and lines[0].startswith("train.py: error: "), err
+        assert not (folder / "out").exists() or "output_dir" in changes
+        return lines[0]
+
+    return run
+
+
+def test_bad_data_is_refused_by_file_and_line(refused, capsys, tmp_path):
+    good = json.dumps(make_comparisons(1)[0])
+    assert "missing.jsonl: No such file" in refused(capsys, train_data=tmp_path / "missing.jsonl")
+    (tmp_path / "a.jsonl").write_text(good + "\n{not json\n")
+    assert "a.jsonl:2: not JSON" in refused(capsys, train_data=tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "chosen": "a b c d e", "answer": "x"}\n')
+    line = refused(capsys, train_data=tmp_path / "b.jsonl")
+    assert "b.jsonl:1: no column 'rejected'" in line and "found prompt, chosen, answer" in line
+    (tmp_path / "c.jsonl").write_text(good + '\n{"prompt": "p", "chosen": 3, "rejected": "x"}\n')
+    assert "c.jsonl:2: 'chosen' must be a string, got int 3" in refused(capsys, train_data=tmp_path / "c.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "chosen": "a b c", "rejected": "x y"}\n')
+    line = refused(capsys, train_data=tmp_path / "d.jsonl")
+    assert "nothing left to train on" in line and "answer under 5 words" in line
+    assert "no/such-dataset: neither" in refused(capsys, train_data="no/such-dataset")
+
+
+def test_models_that_cannot_become_reward_models_are_refused(refused, capsys, tmp_path):
+    assert "no/such-model" in refused(capsys, model="no/such-model")
+
+    def saved(name, config, tokenizer=None):
+        config.save_pretrained(tmp_path / name)
+        (tokenizer or make_tokenizer()).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    assert "bert is not a decoder" in refused(capsys, model=saved("bert", transformers.BertConfig()))
+    assert "t5 is not a decoder" in refused(capsys, model=saved("t5", transformers.T5Config()))
+    line = refused(capsys, model=saved("codegen", transformers.CodeGenConfig()))
+    assert "no sequence-classification class for codegen" in line
+    silent = make_tokenizer()
+    silent.eos_token = None
+    assert "no EOS token" in refused(capsys, model=saved("silent", transformers.GPT2Config(), silent))
+
+
+def test_flags_out_of_range_are_refused(refused, capsys):
+    assert "--freeze_ratio must lie in 0..1, got 1.5" in refused(capsys, "--freeze_ratio", 1.5)
+    assert "--gradient_accumulation_steps must be positive" in refused(capsys, "--gradient_accumulation_steps", 0)
+    assert "--learn_rate" in refused(capsys, "--learn_rate", 1)
+
+
+def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds another run's files" in refused(capsys, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
