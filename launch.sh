@@ -10,7 +10,7 @@ extra=""
 needs="import minirm, torch, transformers, datasets, safetensors, tqdm"
 if [ "${1:-}" = test ]; then
   extra="[test]"
-  needs="$needs, pytest, ruff"
+  needs="$needs, pytest"
 fi
 python=${PYTHON:-$(command -v python3 || command -v python)}
 # The environment that is active, if it has what is needed; else .venv beside this file, made and filled once.
@@ -40,4 +40,14 @@ else
 fi
 # torchrun gives every process one thread; without GPUs they share the cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c "import os; print(max(1, len(os.sched_getaffinity(0)) // $nproc))")}
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc_per_node="$nproc" train.py "$@"
+# torchrun, but for the report with which it buries the line that a failed process printed.
+exec "$python" -c '
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main(sys.argv[1:])
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
+' "${where[@]}" --nproc_per_node="$nproc" train.py "$@"

@@ -194,10 +194,24 @@ def train(args: argparse.Namespace) -> None:
         lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
     )  # fmt: skip
     check_length(run, total_steps, output)
+
+    def to_batch(groups: list[dict]) -> Batch:
+        return collate(
+            groups,
+            row_layout=layout,
+            pad_id=tokenizer.pad_token_id,
+            row_limit=2 * args.max_length,
+            trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
+        )
+
     on_first_process(patient, begin, output, run, args, world_size)
     if rank == 0:
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
-        print(start_report(data, tokenizer, model, frozen, layout))
+        sample = make_plan(
+            lengths["train"], pairs["train"], world_size=world_size, batch_size=batch_size, seed=args.seed
+        )
+        sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample[:64]]
+        print(start_report(data, tokenizer, model, frozen, layout, sample))
         if not_shared:
             print(f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}\n")
 
@@ -231,13 +245,7 @@ def train(args: argparse.Namespace) -> None:
         """One forward pass over a rank's groups -> batch, loss [], and its pairs' end rewards, chosen [P], rejected [P]."""
         # A rank that has nothing left computes some row all the same, since every rank has to enter every forward.
         rows = [getattr(data, part)[g] for g in groups] or [{**data.train[0], "chosen": [], "rejected": []}]
-        batch = collate(
-            rows,
-            row_layout=layout,
-            pad_id=tokenizer.pad_token_id,
-            row_limit=2 * args.max_length,
-            trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
-        )
+        batch = to_batch(rows)
         mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
         batch = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -72,7 +72,16 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
                 line = _first_line_not_utf8(path)
                 raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     else:
-        yield from ((f"{source}, row {i}", row) for i, row in enumerate(_load(source), 1))
+        rows, number = iter(_load(source)), 1
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
+                raise InputError(f"{source}, row {number}: cannot be read ({one_line(error)})") from None
+            if row is None:
+                return
+            yield f"{source}, row {number}", row
+            number += 1
 
 
 def _first_line_not_utf8(path: Path) -> int:
@@ -89,6 +98,8 @@ def _read_csv(source, file):
     csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
     reader = csv.DictReader(file, strict=True)
     try:
+        if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
+            raise InputError(f"{source}:1: the column {_shown(twice[0])} stands there twice; which one counts?")
         for row in reader:
             if None in row:  # a comma in a text without quotes: the text would end there without a word
                 raise InputError(
@@ -110,7 +121,7 @@ def _read_json(source, file):
         return
     text = file.read()
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
         raise InputError(f"{source}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
     yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
@@ -120,12 +131,20 @@ def _read_json_lines(source, file):
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
                 ) from None
             yield f"{source}:{number}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object. The parser itself would let the last of two equal names win without a word."""
+    if len(row := dict(pairs)) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{_shown(twice)} stands twice in one object")
+    return row
 
 
 def _load(source: str) -> datasets.Dataset:
@@ -155,8 +174,9 @@ def fingerprint(source: str) -> str:
         raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
 
 
-def one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+def one_line(error: Exception | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
 
 
 def to_comparison(row: dict, where: str) -> Comparison:
@@ -165,7 +185,7 @@ def to_comparison(row: dict, where: str) -> Comparison:
         raise InputError(f"{where}: expected an object with the columns chosen and rejected, got {_shown(row)}")
     for column in ("chosen", "rejected"):
         if column not in row:
-            found = ", ".join(str(name) for name in row) or "none"
+            found = one_line(", ".join(str(name) for name in row) or "none")
             raise InputError(
                 f"{where}: no column '{column}'; expected prompt (optional), chosen, rejected; found {found}"
             )

@@ -4,15 +4,23 @@ from torch import nn
 
 from minirm.data import Prepared, common_prefix
 from minirm.freeze import Frozen
+from minirm.rows import Batch
 
 
-def start_report(data: Prepared, tokenizer, model: nn.Module, frozen: Frozen, row_layout: str) -> str:
-    """Three paragraphs: the table of comparisons, the share that is trained, the marked pair."""
+def start_report(
+    data: Prepared, tokenizer, model: nn.Module, frozen: Frozen, row_layout: str, sample: list[Batch]
+) -> str:
+    """Three paragraphs: the table of comparisons, the share that is trained, the marked pair.
+
+    `sample` is some micro-batches of one process, to tell how much of a batch is padding.
+    """
+    padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
     return "\n".join(
         [
             "",
             data_table(data.report, row_layout),
             "",
+            f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})",
             freeze_line(model, frozen),
             "",
             marked_pair(data.train[0], tokenizer),

@@ -111,9 +111,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, frozen
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     plain = MixedPrecisionPolicy()  # frozen units are stored in the compute precision, the head computes in fp32
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    memory = (
-        torch.cuda.get_device_properties(mesh.device_type).total_memory if mesh.device_type == "cuda" else float("inf")
-    )
+    if mesh.device_type == "cuda":
+        memory = torch.cuda.get_device_properties("cuda").total_memory
+    else:  # which the processes of this machine divide between them
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     whole = mesh.size() == 1 or sum(p.numel() * p.element_size() for p in frozen) <= frozen_share * memory
     # A single process has nothing to gather, so it need not throw gathered parameters away either.
     options = {"mesh": mesh, "reshard_after_forward": mesh.size() > 1, "ignored_params": frozen if whole else None}

@@ -82,7 +82,7 @@ class Run:
         return self.codes
 
     def text(self) -> str:
-        return self.log.read_text().replace("\r", "\n")
+        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log.exists() else ""
 
     def until(self, condition, timeout: float = 60) -> bool:
         """Waits for condition() to come true; False if the run ends before."""

@@ -14,6 +14,7 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
+from minirm.rows import collate
 from minirm.report import data_table, freeze_line, marked_pair, model_card, start_report
 
 
@@ -164,8 +165,14 @@ def test_the_line_on_freezing_counts_layers_and_parameters(tmp_path):
 def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
     config, _ = load_config(str(make_model(tmp_path / "gpt2", "gpt2")))
     model = empty_model(config)
-    report = start_report(data, tokenizer, model, freeze_bottom_layers(model), "shared")
+    groups = [data.train[i] for i in range(len(data.train))]
+    batches = [collate(part, row_layout="shared", pad_id=0, row_limit=1000) for part in (groups[:1], groups[1:])]
+    report = start_report(data, tokenizer, model, freeze_bottom_layers(model), "shared", batches)
     assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
+    # The first batch is one row without padding; in the second every row is as long as its longest.
+    rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]
+    places = rows[0] + max(rows[1:]) * len(rows[1:])
+    assert f"padding in a micro-batch: {1 - sum(rows) / places:.1%} of its places (mean of 2)" in report
 
 
 def test_the_model_card_states_the_runs_numbers(data):

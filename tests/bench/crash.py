@@ -57,7 +57,7 @@ def weights(output: Path) -> dict[str, bytes]:
 
 
 def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, steps: int, save_steps: int = 3) -> dict:
-    """Returns {"kills": {phase: n}, "restarts": n, "lost steps": n, "differences": [what differs]}."""
+    """Returns {"kills": {phase: n}, ..., "differences": [what differs]}."""
     rng = random.Random(seed)
     flags = [
         *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", "0.5", "--precision", precision),
@@ -66,97 +66,90 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
         *("--max_steps", steps, "--save_steps", save_steps, "--logging_steps", 1, "--eval_steps", 7),
         *("--gradient_accumulation_steps", 2, "--learning_rate", "1e-3", "--warmup_steps", 5),
     ]
-    straight, output = folder / "straight", folder / "killed"
+    straight, output = folder / "straight", folder / "killed-1"
     run = server.run(*flags, "--output_dir", straight, world=2, timeout=600)
     assert run.codes == [0, 0], run.text()
-    # The phases are drawn beforehand, so that the first save and the end of the run come up, too.
-    plan = ["saving"] + rng.choices(list(PHASES), list(PHASES.values()), k=kills - 1)
-    plan = [phase for phase in plan if phase != "writing the model"] + ["writing the model"] * plan.count(
-        "writing the model"
-    )
-    done, restarts, lost = collections.Counter(), 0, 0
-    for phase in plan:
+    done, again, differences, rounds = collections.Counter(), 0, [], 1
+    while done.total() < kills:
+        # The first save of the first round is always among the kills, and the writing of the model in every round.
+        phase = rng.choices(list(PHASES), list(PHASES.values()))[0] if done else "saving"
+        if newest(output) >= steps - save_steps:
+            phase = "writing the model"
         run = server.start(*flags, "--output_dir", output, world=2)
         alive = phase == "starting" or run.until(lambda: "training:" in run.text())
         if phase == "starting":
             time.sleep(rng.uniform(0, 1.5))
         elif phase == "training":
-            before, wanted = len(rows(output)), rng.randint(1, 4)
-            first = newest(output)
-            alive = alive and run.until(lambda: len(rows(output)) >= before + wanted or newest(output) > first)
+            enough = len(rows(output)) + rng.randint(1, 4)
+            alive = alive and run.until(lambda: len(rows(output)) >= enough)
             time.sleep(rng.uniform(0, 0.1))
         elif phase == "saving":
-            first = newest(output) + rng.choice([0, 1, 1]) * save_steps  # so many saves are let pass
-            alive = alive and run.until(lambda: newest(output) >= first and any(output.glob("checkpoint-*.partial")))
+            passed = newest(output) + rng.choice([0, 1, 1]) * save_steps  # so many saves are let pass
+            alive = alive and run.until(lambda: newest(output) >= passed and any(output.glob("checkpoint-*.partial")))
             time.sleep(rng.uniform(0, 0.04))
         else:
-            alive = alive and run.until(
-                lambda: (output / "config.json").exists() or (output / f"checkpoint-{steps}").exists()
-            )
+            alive = alive and run.until(lambda: newest(output) == steps)
             time.sleep(rng.uniform(0, 0.1))
         if alive:  # one alone only when the two have met: before that it is torchrun that ends the other
             run.kill(ranks=None if phase == "starting" else rng.choice([None, None, None, [0], [1]]))
         codes = run.wait(60)
-        restarts += 1
-        if codes == [0, 0]:
-            done["none: it was finished already"] += 1
-            continue
-        assert -9 in codes, run.text()
-        if "training:" not in run.text():
-            where = "starting"
-        elif any(output.glob("checkpoint-*.partial")):
-            where = "saving" if newest(output) else "saving, the first time"
-        elif newest(output) == steps:
-            where = "writing the model"
+        if -9 in codes:
+            if "training:" not in run.text():
+                done["starting"] += 1
+            elif any(output.glob("checkpoint-*.partial")):
+                done["saving" if newest(output) else "saving, the first time"] += 1
+            else:
+                done["writing the model" if newest(output) == steps else "training, evaluating"] += 1
+            again += max((row["step"] for row in rows(output) if "loss" in row), default=0) - newest(output)
+        elif codes == [0, 0]:  # it was quicker than the kill: the next ones are for a new round
+            differences += compare(straight, output)
+            rounds += 1
+            output = folder / f"killed-{rounds}"
         else:
-            where = "training, evaluating"
-        done[where] += 1
-        training = [row["step"] for row in rows(output) if "loss" in row]
-        lost += max(training, default=0) - newest(output)
+            raise AssertionError(f"exit codes {codes}: {run.text()}")
     run = server.run(*flags, "--output_dir", output, world=2, timeout=600)
-    restarts += 1
     assert run.codes == [0, 0], run.text()
-
-    differences = []
-    then, now = weights(straight), weights(output)
-    differences += [name for name in then.keys() | now.keys() if then.get(name) != now.get(name)]
-    mine, theirs = rows(output), rows(straight)
-    keys = [(row["step"], "loss" in row) for row in mine]
-    differences += [f"step {key} counted {n} times" for key, n in collections.Counter(keys).items() if n > 1]
-    if mine != theirs:
-        differences += [f"row {a} instead of {b}" for a, b in zip(mine, theirs) if a != b] or ["number of rows"]
-    leftovers = [p.name for p in output.glob("*.partial")]
     return {
         "kills": dict(done),
-        "restarts": restarts - 1,
-        "lost steps": lost,
-        "skipped by the scaler": theirs[-2]["skipped_steps"],
-        "differences": differences + leftovers,
+        "runs that came to their end": rounds,
+        "steps computed again": again,
+        "steps skipped by the scaler": rows(straight)[-2]["skipped_steps"],
+        "differences": differences + compare(straight, output),
     }
+
+
+def compare(straight: Path, output: Path) -> list[str]:
+    """What the killed run has otherwise than the other one."""
+    then, now = weights(straight), weights(output)
+    differences = [name for name in then.keys() | now.keys() if then.get(name) != now.get(name)]
+    mine, theirs = rows(output), rows(straight)
+    keys = collections.Counter((row["step"], "training" if "loss" in row else "evaluation") for row in mine)
+    differences += [f"step {step} has {n} rows of {kind}" for (step, kind), n in keys.items() if n > 1]
+    if mine != theirs:
+        differences += [f"row {a} instead of {b}" for a, b in zip(mine, theirs) if a != b] or ["number of rows"]
+    return differences + [f"{path.name} was left" for path in output.glob("*.partial")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
-    parser.add_argument("--steps", type=int, help="default: three a kill, so that kills do not run out of steps")
+    parser.add_argument("--steps", type=int, default=90, help="of a run; kills beyond its end go to another one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
         server = Server(Path(folder))
         start = time.monotonic()
-        steps = args.steps or 3 * args.kills
-        report = crash(Path(folder), args.kills, args.precision, args.seed, server, steps)
+        report = crash(Path(folder), args.kills, args.precision, args.seed, server, args.steps)
         server.close()
-    print(f"2 processes, {args.precision}, {steps} steps, {time.monotonic() - start:.0f} s")
-    for phase, count in sorted(report["kills"].items()):
-        print(f"  killed while {phase:<24} {count:>5}")
-    print(f"  restarts                              {report['restarts']:>5}")
-    print(f"  steps computed again                  {report['lost steps']:>5}")
-    print(f"  steps skipped by the scaler           {report['skipped by the scaler']:>5}")
-    print(f"  differences                           {len(report['differences']):>5}")
-    print("\n".join(report["differences"][:20]))
+    print(f"2 processes, {args.precision}, runs of {args.steps} steps, {time.monotonic() - start:.0f} s")
+    for phase, count in sorted(report.pop("kills").items()):
+        print(f"  killed while {phase:<26} {count:>5}")
+    differences = report.pop("differences")
+    for name, count in {**report, "differences": len(differences)}.items():
+        print(f"  {name:<39} {count:>5}")
+    print("\n".join(differences[:20]))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def change_rows(rows: list, rng: random.Random) -> None:
     elif kind == 2:
         del row[rng.choice(list(row))]
     elif kind == 3:
-        rows[place] = {rng.choice([key, key.upper(), key + " ", ""]): value for key, value in row.items()}
+        names = ("", "\n", "\x1b[2J", "x" * 5000)
+        rows[place] = {rng.choice([key, key, key.upper(), key + " ", *names]): value for key, value in row.items()}
     elif kind == 4:
         row["chosen"] = row.get("rejected")
     elif kind == 5:
@@ -102,7 +103,7 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
     if kind == 5:
         return data.replace(
             rng.choice([b"chosen", b"rejected", b"prompt"]),
-            rng.choice([b"prompt", b"chosen", b"rejected", b""]),
+            rng.choice([b"prompt", b"chosen", b"rejected", b"", b'chosen": "a b c d e f", "chosen', b"chosen,chosen"]),
             rng.choice([1, -1]),
         )
     if kind == 6:
@@ -169,6 +170,23 @@ def rows_in(path: Path) -> int | None:
         return len([line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()])
 
 
+def twice(path: Path) -> bool:
+    """Whether a name stands twice in one object, or above two columns."""
+    if path.suffix == ".parquet":
+        return False  # pyarrow refuses those itself
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix == ".csv":
+        names = next(csv.reader(io.StringIO(text, newline="")), [])
+        return len(set(names)) < len(names)
+    found = []
+    for part in [text] if path.suffix == ".json" else text.splitlines():
+        try:
+            json.loads(part, object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
+        except ValueError:
+            pass
+    return any(found)
+
+
 def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
     """What came of it: "refused" or "trained on". Raises AssertionError for a row lost, or whatever went wrong."""
 
@@ -189,6 +207,7 @@ def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
         return "refused"
     finally:
         signal.alarm(0)
+    assert not twice(path), f"{path}: one of two columns of a name was taken"
     counts = data.report["train"]
     accounted = sum(n for why, n in counts.items() if why.startswith("dropped") or why in ("kept", "held out"))
     assert counts["read"] == accounted, f"{path}: {counts}"
@@ -210,9 +229,7 @@ def main() -> None:
             path = make_file(Path(folder), seed)
             try:
                 results[f"{path.suffix} {try_file(path, tokenizer, Path(folder) / 'cache')}"] += 1
-            except BaseException as error:  # noqa: BLE001 - all that may go wrong is what is looked for
-                if isinstance(error, KeyboardInterrupt):
-                    raise
+            except Exception as error:  # noqa: BLE001 - all that may go wrong is what is looked for
                 wrong.append(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}")
     print(f"{args.files} files, {time.monotonic() - start:.0f} s")
     for name, count in sorted(results.items()):

@@ -1,0 +1,361 @@
+"""What a checkpoint holds, that it is whole or not taken, and that a run goes on as if nothing had been.
+
+    pytest tests/test_checkpoint.py        about a minute on two cores; no network
+
+Killing at random is tests/test_faults.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import make_comparisons, make_model, read_metrics, write_jsonl
+from processes import Server
+
+from minirm.checkpoint import START, Run, accumulation, begin, check_output, checkpoints, differences, verify
+from minirm.data import InputError
+
+SPEEDS = ("pairs_per_second", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    """Flags of a run of 8 steps on a tiny GPT-J, without --output_dir."""
+    return [
+        *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", 0.5, "--eval_steps", 3, "--max_steps", 8),
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(60))),
+        *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
+        *("--save_steps", 2, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(server, inputs, folder):
+    """A folder with a finished run that kept checkpoints 4, 6 and 8."""
+    run = server.run(*inputs, "--save_total_limit", 3, "--output_dir", folder / "finished")
+    assert run.codes == [0], run.text()
+    return folder / "finished"
+
+
+def rows(output):
+    return [{k: v for k, v in row.items() if k not in SPEEDS} for row in read_metrics(output)]
+
+
+def contents(output):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(output.rglob("*")) if path.is_file()}
+
+
+def unfinished(finished, output, steps):
+    """A copy of a finished run as it was after so many steps, when it was killed."""
+    shutil.copytree(finished, output)
+    for step, path in checkpoints(output).items():
+        if step > steps:
+            shutil.rmtree(path)
+    for path in [output / "config.json", *output.glob("*.safetensors")]:
+        path.unlink()
+    record = json.loads((output / "run.json").read_text())
+    del record["finished"]
+    (output / "run.json").write_text(json.dumps(record))
+    return output
+
+
+# -- Going on. ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_finished_says_so_and_changes_nothing(server, inputs, finished):
+    before = contents(finished)
+    run = server.run(*inputs, "--save_total_limit", 3, "--output_dir", finished)
+    assert run.codes == [0] and "finished after 8 steps; nothing is left to do" in run.text()
+    assert contents(finished) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over_and_the_run_comes_to_the_same_end(
+    server, inputs, finished, tmp_path
+):
+    output = unfinished(finished, tmp_path / "run", 6)
+    damaged = next((output / "checkpoint-6").glob("*.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    (output / "checkpoint-8.partial").mkdir()  # of a save that did not come to its end
+    run = server.run(*inputs, "--save_total_limit", 3, "--output_dir", output)
+    assert run.codes == [0], run.text()
+    assert f"checkpoint-6 is not whole and is passed over: {damaged.name}" in run.text()
+    assert "goes on from" in run.text() and "checkpoint-4, step 4 of 8" in run.text()
+    assert rows(output) == rows(finished)
+    assert list(checkpoints(output)) == [8, 6, 4] and not list(output.glob("*.partial"))
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    for path in checkpoints(output).values():
+        verify(path)
+
+
+def test_no_whole_checkpoint_is_refused_and_nothing_is_thrown_away(server, inputs, finished, tmp_path):
+    output = unfinished(finished, tmp_path / "run", 4)
+    (output / "checkpoint-4" / "checkpoint.json").unlink()
+    before = contents(output)
+    run = server.run(*inputs, "--output_dir", output)
+    assert run.codes == [2] and "no checkpoint is whole" in run.text()
+    assert contents(output) == before
+
+
+def test_another_recipe_data_or_model_is_refused_with_all_differences(server, inputs, finished, folder, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
+    before = contents(finished)
+    changed = [*inputs, "--output_dir", finished, "--learning_rate", 2e-3, "--precision", "bf16", "--train_data", other]
+    run = server.run(*changed, "--model", make_model(tmp_path / "model", "gptj", seed=5))
+    assert run.codes == [2]
+    (line,) = [line for line in run.text().splitlines() if "error:" in line]
+    for words in (
+        "--learning_rate was 0.001, is 0.002",
+        "--precision was 'fp32', is 'bf16'",
+        "--train_data: the content has changed",
+        "weights of --model: the content has changed",
+    ):
+        assert words in line
+    assert "warmup" not in line and "tokenizer" not in line
+    assert contents(finished) == before
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, inputs, finished, tmp_path):
+    """Linear, 3 steps of warm-up: after step s of n the rate is lr * (n - s) / (n - 3)."""
+    flags = [*inputs, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "linear", "--eval_steps", 0]
+    assert server.run(*flags, "--max_steps", 5).codes == [0]
+    run = server.run(*flags, "--max_steps", 11)
+    assert run.codes == [0], run.text()
+    rates = {row["step"]: row["learning_rate"] for row in rows(tmp_path / "run") if "loss" in row}
+    assert rates[5] == 0
+    assert [rates[s] for s in (6, 10, 11)] == pytest.approx([1e-3 * 5 / 8, 1e-3 * 1 / 8, 0])
+    run = server.run(*flags, "--max_steps", 9)
+    assert run.codes == [2] and "at step 11 already, 9 were asked for" in run.text()
+
+
+def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, inputs, tmp_path):
+    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. In fp32 to 1e-5, sums being in another order."""
+    flags = [*inputs, "--gradient_accumulation_steps", 6]
+    assert server.run(*flags, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
+    for world, steps, micro_steps in ((2, 2, 6), (3, 4, 4), (1, 6, 12), (2, 8, 6)):
+        run = server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / "changing", world=world)
+        assert run.codes == [0] * world, run.text()
+        assert f"--gradient_accumulation_steps {micro_steps}\n" in run.text()
+    # Each of the four runs evaluated at its end, too.
+    straight, changing = ({r["step"]: r for r in rows(tmp_path / o) if "loss" in r} for o in ("straight", "changing"))
+    assert straight.keys() == changing.keys() == set(range(1, 9))
+    for step, row in straight.items():
+        assert changing[step] == pytest.approx(row, rel=1e-5, abs=1e-5)
+
+
+def test_the_global_batch_is_kept_or_refused_with_both_numbers():
+    run = Run({"prompts a step": 8}, 2, None, START, 0)  # begun as 2 processes x 1 prompt x 4 micro-steps
+    assert accumulation(run, 2, 1, 4) == 4
+    assert accumulation(run, 4, 1, 4) == 2
+    assert accumulation(run, 1, 2, 4) == 4
+    for processes, batch_size, asked in ((3, 1, 4), (2, 1, 8), (16, 1, 1)):
+        with pytest.raises(InputError, match=f"8 prompts a step.* are {processes * batch_size * asked};"):
+            accumulation(run, processes, batch_size, asked)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(server, inputs, finished, tmp_path):
+    output = unfinished(finished, tmp_path / "run", 0)
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    run = server.run(*inputs, "--output_dir", output)
+    assert run.codes == [0] and "goes on from" not in run.text()
+    assert rows(output) == rows(finished)
+
+
+def test_a_checkpoint_folder_begins_another_output_folder(server, inputs, finished, tmp_path):
+    run = server.run(
+        *inputs, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"
+    )
+    assert run.codes == [0], run.text()
+    assert rows(tmp_path / "new") == [row for row in rows(finished) if row["step"] > 4]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("none", "holds a run"),
+        ("checkpoint-4", "holds checkpoint-8, which is newer"),
+        ("nowhere", "not a whole checkpoint: SHA256SUMS: No such file"),
+    ],
+)
+def test_what_cannot_be_resumed_from_is_refused(server, inputs, finished, choice, words):
+    before = contents(finished)
+    where = choice if choice == "none" else finished / choice
+    run = server.run(*inputs, "--output_dir", finished, "--resume_from_checkpoint", where)
+    assert run.codes == [2] and words in run.text(), run.text()
+    assert contents(finished) == before
+
+
+def test_rows_behind_the_checkpoint_are_cut_off(tmp_path):
+    """An evaluation that the checkpoint does not know of (a signal came before it) goes, too."""
+    lines = ['{"step": 0, "eval_loss": 1}', '{"step": 2, "loss": 1}', '{"step": 2, "eval_loss": 1}', '{"step": 3, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    state = START | {"step": 2, "result": {"step": 0}}
+    begin(tmp_path, Run({}, 1, tmp_path / "checkpoint-2", state, 0), argparse.Namespace(), 1)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+
+
+# -- The folder. ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path):
+    check_output(tmp_path, "auto")
+    (tmp_path / "run.json.partial").touch()  # of a run killed in its first moment
+    check_output(tmp_path, "auto")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="another run's files"):
+        check_output(tmp_path, "auto")
+    with pytest.raises(InputError, match="is a file"):
+        check_output(tmp_path / "thesis.tex", "auto")
+
+
+def mount(folder, options):
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs root, to mount a file system of its own")
+    return folder
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(server, inputs, tmp_path):
+    place = mount(tmp_path / "small", "ro")
+    try:
+        patch = "train.load_weights = None"
+        run = server.run(*inputs, "--output_dir", place / "run", patch=patch)
+        assert run.codes == [2] and f"{place / 'run'}: cannot be written" in run.text(), run.text()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_checkpoint(server, inputs, tmp_path):
+    """A checkpoint takes 0.31 MB here, so that two fit beside the rest, but not three."""
+    place = mount(tmp_path / "small", "size=800k")
+    output = place / "run"
+    try:
+        run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 3, world=2)
+        assert run.codes == [3, 3], run.text()
+        (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
+        assert f"{output}/checkpoint-6" in line and "bytes" in line and "checkpoint-4 is whole" in line
+        assert list(checkpoints(output)) == [4, 2] and not list(output.glob("*.partial"))
+        shutil.rmtree(output / "checkpoint-2")
+        run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 1, world=2)
+        assert run.codes == [0, 0] and "checkpoint-4, step 4 of 8" in run.text(), run.text()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(server, inputs, tmp_path):
+    first = server.start(*inputs, "--output_dir", tmp_path / "run")
+    first.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    first.kill(signal.SIGSTOP)
+    second = server.run(*inputs, "--output_dir", tmp_path / "run")
+    first.kill(signal.SIGCONT)
+    assert second.codes == [2] and "another run is writing there" in second.text()
+    assert first.wait() == [0]
+
+
+# -- The files. ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path):
+    rng, whole = random.Random(0), finished / "checkpoint-8"
+    assert verify(whole)["step"] == 8
+    for number in range(200):
+        copy = tmp_path / str(number)
+        shutil.copytree(whole, copy)
+        path = rng.choice(sorted(copy.iterdir()))
+        data = bytearray(path.read_bytes())
+        kind, place = rng.randrange(4), rng.randrange(len(data))
+        if kind == 0:
+            path.unlink()
+        elif kind == 1:
+            path.write_bytes(data[:place])
+        else:
+            data[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+        with pytest.raises(ValueError) as error:
+            verify(copy)
+        assert type(error.value) is ValueError and "\n" not in str(error.value), f"{path.name}, byte {place}"
+
+
+def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
+    """With right digests, but other contents: nothing of it may end in a traceback."""
+    from minirm.checkpoint import _digest
+
+    for number, change in enumerate(
+        [
+            lambda state: state.pop("scaler"),
+            lambda state: state.update(step="8"),
+            lambda state: state["files"].update({"more.safetensors": 1}),
+            lambda state: state.update(recipe=[]),
+            lambda state: state.update(result={}),
+        ]
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(finished / "checkpoint-8", copy)
+        state = json.loads((copy / "checkpoint.json").read_text())
+        change(state)
+        (copy / "checkpoint.json").write_text(json.dumps(state))
+        names = sorted(path.name for path in copy.iterdir() if path.name != "SHA256SUMS")
+        (copy / "SHA256SUMS").write_text("".join(f"{_digest(copy / name)}  {name}\n" for name in names))
+        with pytest.raises(ValueError):
+            verify(copy)
+    (tmp_path / "0" / "SHA256SUMS").write_text(f"{'0' * 64}  ../../secret\n{'0' * 64}  checkpoint.json\n")
+    with pytest.raises(ValueError, match="damaged"):
+        verify(tmp_path / "0")
+
+
+def test_no_pickle_is_written_or_read(server, inputs, finished, tmp_path):
+    """Whatever unpickles a file is forbidden, then a run goes on from a checkpoint."""
+    output = unfinished(finished, tmp_path / "run", 4)
+    run = server.run(
+        *inputs,
+        *("--output_dir", output),
+        patch="""
+import pickle, torch
+def forbidden(*arguments, **options): raise AssertionError("a pickle")
+pickle.load = pickle.loads = torch.load = torch.save = torch.serialization.load = torch.serialization.save = forbidden
+""",
+    )
+    assert run.codes == [0] and "goes on from" in run.text(), run.text()
+    kinds = {path.suffix for path in output.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".md", ""}
+    assert {p.name for p in output.rglob("*") if p.is_file() and not p.suffix} == {"SHA256SUMS"}
+
+
+def test_a_checkpoint_takes_twelve_bytes_for_each_trained_parameter(server, inputs, tmp_path):
+    """GPT-J's 28 layers, of which 8 are trained: fp32 parameter and Adam's two moments, within 5 %.
+
+    With width h a layer has 4 h^2 + 8 h^2 + 5 h + h + h = 12 h^2 + 7 h parameters, the final norm 2 h, the head h.
+    """
+    h = 64
+    model = make_model(tmp_path / "model", "gptj", n_embd=h, n_layer=28)
+    run = server.run(*inputs, "--model", model, "--freeze_ratio", 0.7, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert run.codes == [0], run.text()
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-1").iterdir())
+    assert size == pytest.approx(12 * (8 * (12 * h * h + 7 * h) + 3 * h), rel=0.05)
+    assert f"checkpoint-1: {size / 1e6:.1f} MB in " in run.text()
+
+
+def test_differences_leaves_out_what_one_side_does_not_know():
+    assert differences({"loss": "last", "old": 1, "prompts a step": 4}, {"loss": "last", "new": 2, "prompts a step": 8}) == []
+
+

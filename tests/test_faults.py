@@ -1,0 +1,210 @@
+"""A run that is killed, stopped, starved or fed with rubbish: it ends well, and goes on as if nothing had been.
+
+    pytest tests/test_faults.py        about 1.5 minutes on two cores; no network
+
+The long forms are tests/bench/crash.py and tests/bench/fuzz.py.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
+from processes import Server
+from safetensors.torch import load_file
+
+from minirm.checkpoint import checkpoints, verify
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+
+from crash import compare, crash
+from fuzz import make_file, try_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    """Flags of a run of 12 steps on a tiny GPT-J, without --output_dir."""
+    return [
+        *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", 0.5, "--eval_steps", 3, "--max_steps", 12),
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(60))),
+        *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
+        *("--save_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
+    ]
+
+
+def training(output):
+    return [row for row in read_metrics(output) if "loss" in row]
+
+
+# -- Killed and stopped. -------------------------------------------------------------------------------------------------
+
+
+def test_six_kills_at_random_moments_change_nothing(server, tmp_path):
+    """fp16 with its loss scaling on two processes; weights, optimizer and all rows of metrics.jsonl equal to the bit."""
+    report = crash(tmp_path, kills=6, precision="fp16", seed=2, server=server, steps=9, save_steps=2)
+    assert report["differences"] == []
+    assert sum(report["kills"].values()) == 6 and report["kills"]["saving, the first time"] >= 1
+
+
+def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(server, inputs, tmp_path):
+    """Each signal once along one run, also between the checkpoints that --save_steps asks for."""
+    straight, output = tmp_path / "straight", tmp_path / "stopped"
+    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+    for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0])):
+        run = server.start(*inputs, "--output_dir", output, world=2)
+        before = len(training(output)) if (output / "metrics.jsonl").exists() else 0
+        run.until(lambda: (output / "metrics.jsonl").exists() and len(training(output)) > before)  # noqa: B023
+        run.kill(number, ranks=ranks)
+        assert run.wait() == [128 + number] * 2, run.text()
+        step = max(checkpoints(output))
+        line = f"train.py: {number.name}: stopped after step {step} of 12; the same command goes on from there"
+        assert line in run.text().splitlines()
+        assert len(training(output)) == step < 12
+    assert server.run(*inputs, "--output_dir", output, world=2).codes == [0, 0]
+    assert compare(straight, output) == []
+
+
+def test_when_one_process_is_killed_the_other_ends_too_and_says_why(server, inputs, tmp_path):
+    run = server.start(*inputs, "--output_dir", tmp_path / "run", "--max_steps", 1000, world=2)
+    run.until(lambda: checkpoints(tmp_path / "run"))
+    run.kill(ranks=[1])
+    start = time.monotonic()
+    assert run.wait(60) == [1, -9]
+    assert time.monotonic() - start < 60
+    assert "train.py: process 0 ends, since another one was lost" in run.text()
+    assert "Traceback" not in run.text()
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_torchrun_starts_a_run_again_that_lost_a_process(inputs, tmp_path, restarts):
+    output = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    steps = ["--max_steps", 12 if restarts else 1000]
+    flags = [*torchrun, f"--max_restarts={restarts}", ROOT / "train.py", *inputs, "--output_dir", output, *steps]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(list(map(str, flags)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            end = time.monotonic() + 90
+            while not checkpoints(output):
+                assert time.monotonic() < end and run.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            code = run.wait(60 if not restarts else 120)
+        finally:
+            if run.poll() is None:
+                run.terminate()
+    text = (tmp_path / "log").read_text()
+    if restarts:
+        assert code == 0 and "goes on from" in text, text
+        assert [row["step"] for row in training(output)] == list(range(1, 13))
+    else:
+        assert code != 0 and "Signal 9 (SIGKILL) received" in text, text
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+# -- Numbers that are none. ----------------------------------------------------------------------------------------------
+
+NOT_FINITE = """
+import torch
+calls, whole = [], train.comparison_loss
+def comparison_loss(*arguments):
+    loss, *rest = whole(*arguments)
+    if torch.is_grad_enabled():  # not while evaluating
+        calls.append(None)
+        if {when}:
+            loss = loss * float("{value}")
+    return loss, *rest
+train.comparison_loss = comparison_loss
+"""
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_comparisons(server, inputs, tmp_path):
+    """Planted on process 1 in the third of the four micro-steps of step 6."""
+    patch = NOT_FINITE.format(value="nan", when="rank == 1 and len(calls) == 5 * 4 + 3")
+    run = server.run(*inputs, "--output_dir", tmp_path / "run", world=2, patch=patch)
+    assert run.codes == [3, 3], run.text()
+    (line,) = [line for line in run.text().splitlines() if line.startswith("train.py: ")]
+    assert "step 6: the loss is not finite" in line and "training prompts " in line and "--learning_rate" in line
+    assert "Traceback" not in run.text()
+    assert list(checkpoints(tmp_path / "run")) == [4] and verify(tmp_path / "run" / "checkpoint-4")
+    place = json.loads(f"[{line.partition('training prompts ')[2].partition(' (')[0]}]")
+    assert len(place) == 1  # one prompt in a micro-step of one process
+    run = server.run(*inputs, "--output_dir", tmp_path / "run", world=2)
+    assert run.codes == [0, 0] and "checkpoint-4, step 4 of 12" in run.text()
+
+
+def test_in_fp16_the_run_stops_when_the_loss_scale_comes_to_its_floor(server, inputs, tmp_path):
+    patch = NOT_FINITE.format(value="inf", when="True")
+    flags = [*inputs, "--precision", "fp16", "--max_steps", 40, "--save_steps", 5, "--output_dir", tmp_path / "run"]
+    run = server.run(*flags, world=2, patch=patch)
+    assert run.codes == [3, 3], run.text()
+    # 65536 = 2^16 is halved seventeen times.
+    assert "step 17: the loss scale fell below 1.0" in run.text() and "--precision bf16" in run.text()
+    assert [(row["loss_scale"], row["skipped_steps"]) for row in training(tmp_path / "run")] == [
+        (2.0 ** (16 - n), n) for n in range(1, 17)
+    ]
+    # A checkpoint in which the optimizer has not moved yet is one like any other.
+    run = server.run(*flags, "--max_steps", 16, world=2)
+    assert run.codes == [0, 0] and "checkpoint-15, step 15 of 16" in run.text(), run.text()
+    assert training(tmp_path / "run")[-1]["skipped_steps"] == 15
+
+
+def test_an_inf_in_the_gradient_of_one_process_is_skipped_by_all(server, inputs, tmp_path):
+    """In one process's shard of one parameter, at a scale of 2^8 that makes no other: after a step that is skipped, the
+    weights are those of the model that was loaded."""
+    patch = """
+import functools, torch
+from torch.amp import GradScaler
+class Scaler(GradScaler):
+    def __init__(self, *arguments, **options): super().__init__(*arguments, init_scale=256.0, **options)
+    def unscale_(self, optimizer):
+        if rank == 1 and PLANT:
+            optimizer.param_groups[0]["params"][-2].grad.to_local().view(-1)[0] = float("inf")
+        super().unscale_(optimizer)
+torch.amp.GradScaler = Scaler
+"""
+    found = {}
+    for plant in (True, False):
+        output = tmp_path / str(plant)
+        flags = [*inputs, "--precision", "fp16", "--max_steps", 1, "--warmup_steps", 0, "--output_dir", output]
+        run = server.run(*flags, world=2, patch=patch.replace("PLANT", str(plant)))
+        assert run.codes == [0, 0], run.text()
+        (row,) = training(output)
+        state = verify(output / "checkpoint-1")
+        shards = [load_file(path) for path in sorted((output / "checkpoint-1").glob("shard-*"))]
+        weight = [shard["model.trunk.h.3.attn.q_proj.weight"] for shard in shards]
+        found[plant] = (row["loss_scale"], row["skipped_steps"], state["schedule_steps"], weight)
+    assert found[True][:3] == (128.0, 1, 0)
+    assert found[False][:3] == (256.0, 0, 1)
+    base = load_file(Path(inputs[1]) / "model.safetensors")["transformer.h.3.attn.q_proj.weight"]
+    for half, planted, moved in zip(base.chunk(2), found[True][3], found[False][3]):
+        assert planted.equal(half) and not moved.equal(half)
+
+
+# -- Rubbish. ------------------------------------------------------------------------------------------------------------
+
+
+def test_broken_data_files_are_refused_in_a_line_or_accounted_for(tmp_path):
+    """300 of the 2,000 files of tests/bench/fuzz.py; both outcomes are common, so neither is a matter of course."""
+    tokenizer = make_tokenizer()
+    results = Counter(try_file(make_file(tmp_path, seed), tokenizer, tmp_path / "cache") for seed in range(300))
+    assert min(results["refused"], results["trained on"]) > 50, results

@@ -1,0 +1,66 @@
+"""README.md says what the code does: its flags, paths, defaults and imports exist.
+
+Run: pytest tests/test_readme.py. Needs nothing.
+"""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import train
+from minirm.data import FILE_TYPES, MIN_WORDS
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return vars(train.parse_args(["--model", "any"]))
+
+
+def test_every_flag_in_readme_is_one_of_train_py_or_of_a_command_that_is_named(recipe):
+    others = {"nproc_per_node", "max_restarts"}  # torchrun's
+    flags = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
+    assert flags - set(recipe) - others == set()
+    assert {"train_data", "eval_data", "output_dir", "loss"} <= flags
+
+
+def test_every_file_that_readme_links_exists():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert len(links) > 10 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_module_is_in_the_table_of_files():
+    modules = {f"minirm/{path.name}" for path in (ROOT / "minirm").glob("*.py")} - {"minirm/__init__.py"}
+    assert set(re.findall(r"\| \[`(minirm/\w+\.py)`\]", README)) == modules
+
+
+def test_the_numbers_of_the_recipe_are_the_defaults(recipe):
+    text = " ".join(README.split())
+    stated = {
+        r"learning rate ([\d.e-]+),": recipe["learning_rate"],
+        r"([\d.]+) accumulation steps": recipe["gradient_accumulation_steps"],
+        r"([\d.]+) epochs,": recipe["num_train_epochs"],
+        r"([\d.]+) warm-up steps": recipe["warmup_steps"],
+        r"[Bb]ottom ([\d.]+) % of the layers": recipe["freeze_ratio"] * 100,
+        r"--max_length` \((\d+) tokens\)": recipe["max_length"],
+        r"([\d.]+) % of the prompts are held out": recipe["eval_fraction"] * 100,
+    }
+    for pattern, value in stated.items():
+        found = re.findall(pattern, text)
+        assert found and all(float(number) == pytest.approx(value) for number in found), pattern
+    assert f"under {['zero', 'one', 'two', 'three', 'four', 'five'][MIN_WORDS]} words" in text
+    assert all(f"`{suffix}`" in README for suffix in FILE_TYPES)
+
+
+def test_the_losses_in_the_table_are_the_choices_of_the_flag():
+    assert set(re.findall(r"^\| `(\w+)` \| ", README, re.M)) == {"divergence", "last", "trlx"}
+    for kind in ("divergence", "last", "trlx"):
+        assert train.parse_args(["--loss", kind]).loss == kind
+
+
+def test_python_that_readme_imports_from_minirm_is_there():
+    for module, names in re.findall(r"^from (minirm\.\w+) import (.+)$", README, re.M):
+        for name in names.split(", "):
+            assert hasattr(__import__(module, fromlist=[name]), name), (module, name)
