@@ -19,24 +19,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+from minirm import checkpoint
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.checkpoint import (
-    Stop,
-    accumulation,
-    agree,
-    begin,
-    catch_signals,
-    check_length,
-    check_output,
-    finish,
-    load,
-    not_finite,
-    open_run,
-    release_signals,
-    save,
-    tensors,
-    writing,
-)
+from minirm.checkpoint import Stop
 from minirm.data import InputError, one_line, prepare
 from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import freeze_bottom_layers
@@ -75,7 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_data", default="demo", help=".jsonl .json .csv .parquet file, dataset name or name:split; demo: made here")
     add("--eval_data", help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
-    add("--separator", default="\n", help="put between prompt and answer, unless whitespace already stands there")
+    add("--separator", default=r"\n", type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),
+        help="put between prompt and answer, unless whitespace already stands there")
     add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
     add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
     add("--overlong", default="truncate", choices=["truncate", "drop", "error"],
@@ -135,7 +121,7 @@ def comparison_loss(kind: str, batch: Batch, rewards: torch.Tensor) -> tuple[tor
 
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
-    check_output(output, args.resume_from_checkpoint)
+    checkpoint.check_output(output, args.resume_from_checkpoint)
     device, mesh = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patient = patient_group()
@@ -184,16 +170,18 @@ def train(args: argparse.Namespace) -> None:
     lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
-    run = on_first_process(patient, open_run, args, data, config, tokenizer, world_size)
+    run = on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
     start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
     batch_size = args.per_device_train_batch_size
-    args.gradient_accumulation_steps = accumulation(run, world_size, batch_size, args.gradient_accumulation_steps)
+    args.gradient_accumulation_steps = checkpoint.accumulation(
+        run, world_size, batch_size, args.gradient_accumulation_steps
+    )
     epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, args.gradient_accumulation_steps)
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
     eval_plan = make_plan(
         lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
     )  # fmt: skip
-    check_length(run, total_steps, output)
+    checkpoint.check_length(run, total_steps, output)
 
     def to_batch(groups: list[dict]) -> Batch:
         return collate(
@@ -204,7 +192,7 @@ def train(args: argparse.Namespace) -> None:
             trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
         )
 
-    on_first_process(patient, begin, output, run, args, world_size)
+    on_first_process(patient, checkpoint.begin, output, run, args, world_size)
     if rank == 0:
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
         sample = make_plan(
@@ -232,7 +220,7 @@ def train(args: argparse.Namespace) -> None:
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # disabled: every call passes through
     if run.checkpoint:
-        load(run.checkpoint, trained, optimizer, patient)
+        checkpoint.load(run.checkpoint, trained, optimizer, patient)
         scaler.load_state_dict(run.state["scaler"])
         # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
         moved = run.state["schedule_steps"]
@@ -283,7 +271,7 @@ def train(args: argparse.Namespace) -> None:
         if rank == 0:
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             line = json.dumps(row) + "\n"
-            with writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
+            with checkpoint.writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
                 file.write(line)
             if "eval_loss" in row:
                 bar.write(
@@ -296,7 +284,7 @@ def train(args: argparse.Namespace) -> None:
 
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
-    caught = catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
+    caught = checkpoint.catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
         log(result := evaluate(start))
         best = max(best or result, result, key=lambda row: row["eval_accuracy"])
@@ -331,10 +319,10 @@ def train(args: argparse.Namespace) -> None:
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf).full_tensor().item()
         )
-        stop, where = agree(caught, losses)  # the same on all ranks, so that all end alike
+        stop, where = checkpoint.agree(caught, losses)  # the same on all ranks, so that all end alike
         groups = micro_steps[where[0]][where[1]] if where else [g for of_rank in micro_steps[0] for g in of_rank]
         if not scaler.is_enabled() and (where or not math.isfinite(grad_norm)):
-            raise not_finite("the loss is not finite" if where else "the gradient is not finite", step + 1, groups, data,
+            raise checkpoint.not_finite("the loss is not finite" if where else "the gradient is not finite", step + 1, groups, data,
                              tokenizer, "Try a lower --learning_rate, or look at these comparisons")  # fmt: skip
         scale = scaler.get_scale()
         scaler.step(optimizer)  # leaves the parameters alone if any rank has an inf or nan
@@ -343,7 +331,7 @@ def train(args: argparse.Namespace) -> None:
         if scaler.get_scale() < scale:
             skipped += 1
             if scaler.get_scale() < LOWEST_SCALE:
-                raise not_finite(f"the loss scale fell below {LOWEST_SCALE}: fp16 overflows at any", step + 1, groups,
+                raise checkpoint.not_finite(f"the loss scale fell below {LOWEST_SCALE}: fp16 overflows at any", step + 1, groups,
                                  data, tokenizer, "Try --precision bf16 or a lower --learning_rate")  # fmt: skip
         else:  # the schedule moves only when the optimizer did
             scheduler.step()
@@ -371,15 +359,12 @@ def train(args: argparse.Namespace) -> None:
             log(result := evaluate(step))
             best = max(best, result, key=lambda row: row["eval_accuracy"])
         if stop or (args.save_steps and due(args.save_steps, step)):
-            mine = torch.cat([sums.cpu(), seen])
-            everyone = [torch.empty_like(mine) for _ in range(world_size)]
-            dist.all_gather(everyone, mine, group=patient)
             state = {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
-                "seconds": paused - since, "sums": [of_rank.tolist() for of_rank in everyone], "result": result, "best": best,
+                "seconds": paused - since, "sums": torch.cat([sums.cpu(), seen]), "result": result, "best": best,
                 "recipe": run.recipe, "processes": world_size, "arguments": vars(args),
             }  # fmt: skip
-            line = save(output, state, tensors(trained, optimizer), args.save_total_limit, patient)
+            line = checkpoint.save(output, state, trained, optimizer, args.save_total_limit, patient)
             if rank == 0:
                 bar.write(line)
         if stop:
@@ -389,16 +374,16 @@ def train(args: argparse.Namespace) -> None:
             )
         since += time.perf_counter() - paused
     bar.close()
-    release_signals()
+    checkpoint.release_signals()
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
     state = gather(model, dtype)
 
     def write_model() -> None:
-        with writing(output, sum(t.numel() * t.element_size() for t in state.values())):
+        with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
             export(state, config, tokenizer, output)
             (output / "README.md").write_text(model_card(args, data.report, result))
-            finish(output, total_steps)
+            checkpoint.finish(output, total_steps)
 
     on_first_process(patient, write_model)
     if rank == 0:

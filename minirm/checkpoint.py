@@ -125,32 +125,24 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
     except (OSError, ValueError, KeyError, TypeError):
         record = {}
 
-    folder, state = None, {}
-    if choice in ("auto", "none") or (restarted() and checkpoints(output)):
-        own = list(checkpoints(output).values())
-        for folder in own:
-            try:
-                state = verify(folder)
-                break
-            except ValueError as error:
-                print(f"{folder} is not whole and is passed over: {error}")
-        if own and not state:
-            raise InputError(f"--output_dir {output}: no checkpoint is whole; remove the folder to begin anew")
-        if not own and not record and (output / RUN).exists():
-            raise InputError(f"{output / RUN}: cannot be read; remove the folder to begin anew")
-    else:
-        folder = Path(choice)
+    own, state, folder, problem = checkpoints(output), {}, None, ""
+    given = choice not in ("auto", "none") and not (restarted() and own)
+    for folder in [Path(choice)] if given else own.values():
         try:
             state = verify(folder)
+            break
         except ValueError as error:
-            raise InputError(f"--resume_from_checkpoint {folder}: not a whole checkpoint: {error}") from None
-        if newer := [step for step in checkpoints(output) if step > state["step"]]:
-            raise InputError(
-                f"--resume_from_checkpoint {folder}: {output} holds checkpoint-{newer[0]}, which is newer; leave the flag "
-                "away, remove the newer, or choose another --output_dir"
-            )
-        if record and folder.resolve().parent != output.resolve() and not restarted():
-            raise InputError(f"--output_dir {output} holds another run; choose another folder to go on from {folder}")
+            problem = f"{folder} is not whole: {error}"
+            print(problem if given else f"{problem}; it is passed over")
+    if problem and not state:
+        raise InputError(f"{problem}; give a whole checkpoint, or choose another --output_dir to begin anew")
+    if not state and not record and (output / RUN).exists():
+        raise InputError(f"{output / RUN}: cannot be read; choose another --output_dir to begin anew")
+    if given and (max(own, default=0) > state["step"] or (record and folder.resolve().parent != output.resolve())):
+        raise InputError(
+            f"--output_dir {output} holds a run that has got further than {folder}, or is another one; leave "
+            "--resume_from_checkpoint away to go on with it, or choose another --output_dir"
+        )
 
     saved = state or record
     if saved and (changed := differences(saved["recipe"], recipe)):
@@ -179,10 +171,9 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
 
 def model_fingerprint(name: str, config) -> str:
     """Changes when the weights do. Of a large file 256 pieces are read, not the whole: a start takes long enough."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
-    if not Path(name).is_dir():  # from the hub, which has a name for every content
-        return f"{getattr(config, '_commit_hash', None)} {digest.hexdigest()}"
-    digest = hashlib.sha256()  # of the weights alone: the config is made ready by this program and says where it lies
+    if not Path(name).is_dir():  # from the hub, where every commit has a name of its own
+        return f"{name} {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
     for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
         size, piece = path.stat().st_size, 1 << 16
         digest.update(f"{path.name} {size}".encode())
@@ -195,14 +186,11 @@ def model_fingerprint(name: str, config) -> str:
 
 def differences(then: dict, now: dict) -> list[str]:
     """What differs, in words. The number of prompts a step is not looked at: see `accumulation`."""
-    words = []
-    for key in then.keys() & now.keys() - {"prompts a step"}:
-        if then[key] != now[key]:
-            if " " in key or key.startswith("--"):
-                words.append(f"{key}: the content has changed")
-            else:
-                words.append(f"--{key} was {then[key]!r}, is {now[key]!r}")
-    return sorted(words)
+    changed = sorted(key for key in then.keys() & now.keys() - {"prompts a step"} if then[key] != now[key])
+    return [
+        f"{key}: the content has changed" if "--" in key else f"--{key} was {then[key]!r}, is {now[key]!r}"
+        for key in changed
+    ]
 
 
 def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
@@ -277,14 +265,19 @@ def tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
     return {f"model.{name}": p.detach() for name, p in trained.items()} | state
 
 
-def save(output: Path, state: dict, kept: dict[str, Tensor], limit: int, group) -> str:
+def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, limit: int, group) -> str:
     """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
 
+    state["sums"]: [7] fp64 on the CPU, of this process; the rest, as in START and more, is the same on all of them.
     Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
     """
     start = time.perf_counter()
     final = output / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + PARTIAL)
+    kept = tensors(trained, optimizer)
+    sums = [torch.empty_like(state["sums"]) for _ in range(dist.get_world_size())]
+    dist.all_gather(sums, state["sums"], group=group)
+    state = state | {"sums": [of_rank.tolist() for of_rank in sums]}
     with writing(final, sum(t.numel() * t.element_size() for t in kept.values())):
         try:
             on_first_process(group, _make_empty, partial)
@@ -396,10 +389,11 @@ def verify(folder: Path) -> dict:
         if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
             raise ValueError(f"{STATE} has no {', '.join(wrong)}")
         state["recipe"]["prompts a step"], state["processes"], state["result"]["step"]
+        torch.tensor(state["sums"], dtype=torch.float64).view(-1, 7)
         return state
     except OSError as error:
         raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -149,3 +150,6 @@ def export(state: dict[str, Tensor], config, tokenizer, folder: Path) -> None:
         raise RuntimeError(f"{cls.__name__} has other weights: {sorted(state.keys() ^ model.state_dict().keys())[:5]}")
     model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
+    os.umask(umask := os.umask(0))
+    for path in folder.glob("*.safetensors"):  # written readable for the owner alone, whatever the umask says
+        path.chmod(0o666 & ~umask)

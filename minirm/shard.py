@@ -34,7 +34,14 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+        # Under --max_restarts torchrun keeps its store, and in it the addresses of the processes that are gone
+        # (pytorch/pytorch#135712). The count is the same for all processes only where there is one machine; for several
+        # there is TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store.set_timeout(STEP_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, init_device_mesh(device.type, (dist.get_world_size(),))

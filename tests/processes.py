@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,13 +141,11 @@ def child(train, rank: int, request: dict) -> None:
     os.environ.update(request["env"])
     code = 1
     try:
-        exec(request["patch"], {"train": train, "rank": rank})
+        exec(request["patch"], {"train": train, "rank": rank})  # noqa: S102 - of the tests' own
         code = train.main(request["argv"])
     except SystemExit as error:
         code = error.code
-    except BaseException:
-        import traceback
-
+    except Exception:  # noqa: BLE001 - whatever it is belongs into the log
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()

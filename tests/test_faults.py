@@ -44,7 +44,7 @@ def inputs(folder):
     """Flags of a run of 12 steps on a tiny GPT-J, without --output_dir."""
     return [
         *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", 0.5, "--eval_steps", 3, "--max_steps", 12),
-        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(60))),
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(64))),
         *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
         *("--save_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
     ]
@@ -100,7 +100,9 @@ def test_torchrun_starts_a_run_again_that_lost_a_process(inputs, tmp_path, resta
     steps = ["--max_steps", 12 if restarts else 1000]
     flags = [*torchrun, f"--max_restarts={restarts}", ROOT / "train.py", *inputs, "--output_dir", output, *steps]
     with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(list(map(str, flags)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen(
+            list(map(str, flags)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         try:
             end = time.monotonic() + 90
             while not checkpoints(output):

@@ -22,7 +22,7 @@ import safetensors.torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import make_comparisons, make_model, write_jsonl
-from processes import Server
+from processes import Run, Server
 
 SPEEDS = ("pairs_per_second", "tokens_per_second")
 PHASES = {"starting": 1, "training": 3, "saving": 5, "writing the model": 1}  # and their weights
@@ -76,22 +76,7 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
         if newest(output) >= steps - save_steps:
             phase = "writing the model"
         run = server.start(*flags, "--output_dir", output, world=2)
-        alive = phase == "starting" or run.until(lambda: "training:" in run.text())
-        if phase == "starting":
-            time.sleep(rng.uniform(0, 1.5))
-        elif phase == "training":
-            enough = len(rows(output)) + rng.randint(1, 4)
-            alive = alive and run.until(lambda: len(rows(output)) >= enough)
-            time.sleep(rng.uniform(0, 0.1))
-        elif phase == "saving":
-            passed = newest(output) + rng.choice([0, 1, 1]) * save_steps  # so many saves are let pass
-            alive = alive and run.until(lambda: newest(output) >= passed and any(output.glob("checkpoint-*.partial")))
-            time.sleep(rng.uniform(0, 0.04))
-        else:
-            alive = alive and run.until(lambda: newest(output) == steps)
-            time.sleep(rng.uniform(0, 0.1))
-        if alive:  # one alone only when the two have met: before that it is torchrun that ends the other
-            run.kill(ranks=None if phase == "starting" else rng.choice([None, None, None, [0], [1]]))
+        kill(run, phase, output, rng, steps, save_steps)
         codes = run.wait(60)
         if -9 in codes:
             if "training:" not in run.text():
@@ -116,6 +101,28 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
         "steps skipped by the scaler": rows(straight)[-2]["skipped_steps"],
         "differences": differences + compare(straight, output),
     }
+
+
+def kill(run: Run, phase: str, output: Path, rng: random.Random, steps: int, save_steps: int) -> None:
+    """Waits until the run is in that phase, and some milliseconds more; the run may be over before."""
+    if phase == "starting":  # both at once: before they have met, it is torchrun's agent that ends the other one
+        time.sleep(rng.uniform(0, 1.5))
+        run.kill()
+        return
+    alive = run.until(lambda: "training:" in run.text())
+    if phase == "training":
+        enough = len(rows(output)) + rng.randint(1, 4)
+        alive = alive and run.until(lambda: len(rows(output)) >= enough)
+        time.sleep(rng.uniform(0, 0.1))
+    elif phase == "saving":
+        passed = newest(output) + rng.choice([0, 1, 1]) * save_steps  # so many saves are let pass
+        alive = alive and run.until(lambda: newest(output) >= passed and any(output.glob("checkpoint-*.partial")))
+        time.sleep(rng.uniform(0, 0.02))
+    else:
+        alive = alive and run.until(lambda: newest(output) == steps)
+        time.sleep(rng.uniform(0, 0.1))
+    if alive:
+        run.kill(ranks=rng.choice([None, None, None, [0], [1]]))
 
 
 def compare(straight: Path, output: Path) -> list[str]:
