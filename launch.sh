@@ -36,6 +36,8 @@ fi
 if [ "${NNODES:-1}" = 1 ]; then
   where=(--standalone)
 else
+  # Without it, processes that torchrun --max_restarts starts again meet the addresses of those before them.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   where=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?}" --master_addr="${MASTER_ADDR:?}" --master_port="${MASTER_PORT:-29500}")
 fi
 # torchrun gives every process one thread; without GPUs they share the cores.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from minirm import checkpoint
+from minirm import checkpoint, shard
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
 from minirm.data import InputError, one_line, prepare
@@ -30,17 +30,6 @@ from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.report import model_card, start_report
 from minirm.rows import Batch, collate
-from minirm.shard import (
-    cast_frozen,
-    checkpoint_trained_blocks,
-    fill,
-    first_process_first,
-    gather,
-    on_first_process,
-    patient_group,
-    shard,
-    start_processes,
-)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
@@ -122,15 +111,15 @@ def comparison_loss(kind: str, batch: Batch, rewards: torch.Tensor) -> tuple[tor
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     checkpoint.check_output(output, args.resume_from_checkpoint)
-    device, mesh = start_processes()
+    device, mesh = shard.start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    patient = patient_group()
+    patient = shard.patient_group()
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[args.precision]
 
     # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
-    with first_process_first():
+    with shard.first_process_first():
         if "demo" in (args.model, args.train_data):
             demo = build_demo(args.seed)
             if args.train_data == "demo":
@@ -145,15 +134,9 @@ def train(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"--model {args.model}: {error}") from None
         data = prepare(
-            tokenizer,
-            args.train_data,
-            args.eval_data,
-            eval_fraction=args.eval_fraction,
-            separator=args.separator,
-            max_length=args.max_length,
-            overlong=args.overlong,
-            seed=args.seed,
-        )
+            tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
+            max_length=args.max_length, overlong=args.overlong, seed=args.seed,
+        )  # fmt: skip
         if (largest := max(part["largest id"] for part in data.report.values())) >= config.vocab_size:
             raise InputError(
                 f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the "
@@ -170,17 +153,15 @@ def train(args: argparse.Namespace) -> None:
     lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
-    run = on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
+    run = shard.on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
     start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
     batch_size = args.per_device_train_batch_size
-    args.gradient_accumulation_steps = checkpoint.accumulation(
-        run, world_size, batch_size, args.gradient_accumulation_steps
-    )
-    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, args.gradient_accumulation_steps)
+    asked = args.gradient_accumulation_steps
+    accumulation = args.gradient_accumulation_steps = checkpoint.accumulation(run, world_size, batch_size, asked)
+    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
-    eval_plan = make_plan(
-        lengths["eval"], pairs["eval"], world_size=world_size, batch_size=batch_size, shuffle=False
-    )  # fmt: skip
+    cut = {"world_size": world_size, "batch_size": batch_size, "seed": args.seed}
+    eval_plan = make_plan(lengths["eval"], pairs["eval"], shuffle=False, **cut)
     checkpoint.check_length(run, total_steps, output)
 
     def to_batch(groups: list[dict]) -> Batch:
@@ -192,12 +173,10 @@ def train(args: argparse.Namespace) -> None:
             trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
         )
 
-    on_first_process(patient, checkpoint.begin, output, run, args, world_size)
+    shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size)
     if rank == 0:
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
-        sample = make_plan(
-            lengths["train"], pairs["train"], world_size=world_size, batch_size=batch_size, seed=args.seed
-        )
+        sample = make_plan(lengths["train"], pairs["train"], **cut)
         sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample[:64]]
         print(start_report(data, tokenizer, model, frozen, layout, sample))
         if not_shared:
@@ -205,12 +184,12 @@ def train(args: argparse.Namespace) -> None:
 
     # -- The model: empty on every rank, sharded, then filled from rank 0. ----------------------------------------------
     if args.gradient_checkpointing:
-        checkpoint_trained_blocks(model)
-    cast_frozen(model, dtype)
-    shard(model, mesh, dtype)
+        shard.checkpoint_trained_blocks(model)
+    shard.cast_frozen(model, dtype)
+    shard.shard(model, mesh, dtype)
     source = {}
-    on_first_process(patient, lambda: source.update(load_weights(args.model, config, args.seed)))
-    fill(model, source or None, device)
+    shard.on_first_process(patient, lambda: source.update(load_weights(args.model, config, args.seed)))
+    shard.fill(model, source or None, device)
     source.clear()
     # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -287,7 +266,6 @@ def train(args: argparse.Namespace) -> None:
     caught = checkpoint.catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
         log(result := evaluate(start))
-        best = max(best or result, result, key=lambda row: row["eval_accuracy"])
     # Of this rank, since the row before; a checkpoint has those of all ranks:
     before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 7)[rank::world_size].sum(dim=0)
     sums = before[:3].to(device)  # loss, correct, reward margin
@@ -296,10 +274,7 @@ def train(args: argparse.Namespace) -> None:
     for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or step == start:
-            plan = make_plan(
-                lengths["train"], pairs["train"], world_size=world_size, batch_size=batch_size,
-                accumulation=args.gradient_accumulation_steps, seed=args.seed, epoch=epoch,
-            )  # fmt: skip
+            plan = make_plan(lengths["train"], pairs["train"], accumulation=accumulation, epoch=epoch, **cut)
         micro_steps, step_pairs = plan[place]
         # One optimizer step, in this order:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
@@ -357,7 +332,7 @@ def train(args: argparse.Namespace) -> None:
         paused = time.perf_counter()
         if due(args.eval_steps, step) and not stop:
             log(result := evaluate(step))
-            best = max(best, result, key=lambda row: row["eval_accuracy"])
+            best = min(best or result, result, key=lambda row: row["eval_loss"])
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
@@ -377,7 +352,7 @@ def train(args: argparse.Namespace) -> None:
     checkpoint.release_signals()
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
-    state = gather(model, dtype)
+    state = shard.gather(model, dtype)
 
     def write_model() -> None:
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
@@ -385,7 +360,7 @@ def train(args: argparse.Namespace) -> None:
             (output / "README.md").write_text(model_card(args, data.report, result))
             checkpoint.finish(output, total_steps)
 
-    on_first_process(patient, write_model)
+    shard.on_first_process(patient, write_model)
     if rank == 0:
         print(
             f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs; the model is in {output}, load "

@@ -55,12 +55,12 @@ def test_the_numbers_of_the_recipe_are_the_defaults(recipe):
 
 
 def test_the_losses_in_the_table_are_the_choices_of_the_flag():
-    assert set(re.findall(r"^\| `(\w+)` \| ", README, re.M)) == {"divergence", "last", "trlx"}
+    assert set(re.findall(r"^\| `(\w+)` \| ", README, re.MULTILINE)) == {"divergence", "last", "trlx"}
     for kind in ("divergence", "last", "trlx"):
         assert train.parse_args(["--loss", kind]).loss == kind
 
 
 def test_python_that_readme_imports_from_minirm_is_there():
-    for module, names in re.findall(r"^from (minirm\.\w+) import (.+)$", README, re.M):
+    for module, names in re.findall(r"^from (minirm\.\w+) import (.+)$", README, re.MULTILINE):
         for name in names.split(", "):
             assert hasattr(__import__(module, fromlist=[name]), name), (module, name)

@@ -14,8 +14,8 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
-from minirm.rows import collate
 from minirm.report import data_table, freeze_line, marked_pair, model_card, start_report
+from minirm.rows import collate
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(
     """frozen_share=0 leaves no memory for whole frozen parameters. Two processes, fp32 and bf16, equal to the bit."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
     server = Server(tmp_path)
-    sharded = "import functools; train.shard = functools.partial(train.shard, frozen_share=0)"
+    sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0)"
     try:
         for precision in ("fp32", "bf16"):
             rows, weights = [], []
