@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -24,12 +25,13 @@ from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
 from minirm.data import InputError, one_line, prepare
 from minirm.demo import DEMO_DEFAULTS, build_demo
-from minirm.freeze import freeze_bottom_layers
+from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import divergence_loss, pairwise_loss
 from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.report import model_card, start_report
 from minirm.rows import Batch, collate
+from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
@@ -80,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
+    add("--cache_trunk", help="folder to keep the frozen layers' outputs in, computed once for all epochs and runs; off: none")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
     # fmt: on
     args = parser.parse_args(argv)
@@ -148,6 +151,7 @@ def train(args: argparse.Namespace) -> None:
     # Shared rows are exact or not used: a small model of the same kind decides, before any weight is loaded.
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     layout = "separate" if not_shared else args.row_layout
+    extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
 
     # Sorted by unique tokens in either layout, so that both take the same steps.
     lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
@@ -190,6 +194,12 @@ def train(args: argparse.Namespace) -> None:
     source = {}
     shard.on_first_process(patient, lambda: source.update(load_weights(args.model, config, args.seed)))
     shard.fill(model, source or None, device)
+    cache = None
+    if args.cache_trunk:
+        folder = shard.on_first_process(
+            patient, open_folder, args, config, tokenizer, source, frozen, data.report, layout, device.type
+        )
+        cache = TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], extras, dtype, folder)
     source.clear()
     # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -214,9 +224,10 @@ def train(args: argparse.Namespace) -> None:
         rows = [getattr(data, part)[g] for g in groups] or [{**data.train[0], "chosen": [], "rejected": []}]
         batch = to_batch(rows)
         mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
-        batch = batch.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
+        with cache.over(batch) if cache else nullcontext():  # skips the frozen layers if all of the batch is known
+            batch = batch.to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
         if not groups:
             return batch, 0.0 * rewards.sum(), rewards[0, :0], rewards[0, :0]
         return batch, *comparison_loss(args.loss, batch, rewards)

@@ -32,6 +32,7 @@ class Batch:
     end: Tensor  # [P] int64: one behind the last place compared; both end rewards stand at end - 1
     margin: Tensor  # [P] fp32
     subset: list[str]  # [P]
+    group: list[int]  # [R] which of the groups a row belongs to, in order
     tokens: int  # real tokens computed, without padding
     separate_tokens: int  # what they would be with every completion in a row of its own
 
@@ -63,10 +64,11 @@ def collate(
             rewards, up to the end of the longer text.
     """
     rows: list[list[list[int]]] = []  # [row][segment]: token ids; segment 0 is the prefix
+    group_of: list[int] = []  # for each row
     hidden: list[int] = []  # for each completion, how many of its last tokens are pads of the published loss
     located: list[tuple[int, int, int]] = []  # for each completion: row, place in the row, length with pads
     pairs = []  # (chosen, rejected, start, end, margin, subset)
-    for group in groups:
+    for g, group in enumerate(groups):
         base, prefix, tails = len(located), group["prefix"], group["completions"]
         length = [len(tail) for tail in tails]
         padded = list(length)
@@ -82,6 +84,7 @@ def collate(
             if row is None or row_layout == "separate" or sum(map(len, row)) + whole > row_limit:
                 row = [prefix]
                 rows.append(row)
+                group_of.append(g)
             located.append((len(rows) - 1, sum(map(len, row)), whole))
             row.append(tail + [trlx_eos_id] * (whole - real))
             hidden.append(whole - real)
@@ -122,6 +125,7 @@ def collate(
         end=end,
         margin=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
         subset=[pair[5] for pair in pairs],
+        group=group_of,
         tokens=sum(len(ids) for row in rows for ids in row),
         separate_tokens=sum(len(row[0]) + len(ids) for row in rows for ids in row[1:]),
     )

@@ -10,6 +10,7 @@ is what other trainers do. Layouts take turns, so that a busy machine slows all 
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from itertools import combinations
 
 import torch
@@ -28,6 +29,7 @@ SHAPES = {  # prompt tokens, answer tokens, answers a prompt; lengths vary by a 
     "(c) transcripts, 1 comparison a prompt": (200, 150, 2),
 }
 VOCABULARY = 8000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_config(kind: str, width: int, layers: int) -> transformers.PreTrainedConfig:
@@ -71,6 +73,48 @@ def one_comparison_each(group: dict) -> list[dict]:
     ]  # fmt: skip
 
 
+class Trainer:
+    """What train.py does to a model, and its optimizer step, without files and flags."""
+
+    def __init__(self, config, weights: dict[str, torch.Tensor], device, mesh, dtype: torch.dtype):
+        self.model, self.device, self.dtype = empty_model(config), device, dtype
+        use_sdpa(self.model.trunk)
+        self.frozen = freeze_bottom_layers(self.model, 0.7)
+        cast_frozen(self.model, dtype)
+        shard(self.model, mesh, dtype)
+        fill(self.model, weights, device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.cache = None  # a TrunkCache
+
+    def step(self, micro_steps: list[list[dict]], layout: str) -> tuple[int, int, int]:
+        """One optimizer step -> (pairs, tokens computed, the same with padding)."""
+        pairs = tokens = places = 0
+        for m, groups in enumerate(micro_steps):
+            self.model.set_requires_gradient_sync(m == len(micro_steps) - 1)
+            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100)
+            mask = attention_mask(
+                batch.segments, batch.position_ids, batch.visible, self.model.trunk.config, self.dtype, self.device
+            )
+            with self.cache.over(batch) if self.cache else nullcontext():
+                batch = batch.to(self.device)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    rewards = self.model(batch.input_ids, mask, batch.position_ids)
+            chosen, rejected = batch.pair_rewards(rewards)
+            loss = divergence_loss(chosen, rejected, batch.start, batch.end)
+            self.scaler.scale(loss / len(micro_steps)).backward()
+            pairs, tokens, places = pairs + len(chosen), tokens + batch.tokens, places + batch.input_ids.numel()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return pairs, tokens, places
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama", choices=["llama", "gptj"])
@@ -81,42 +125,11 @@ def main() -> None:
     args = parser.parse_args()
 
     device, mesh = start_processes()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    dtype = DTYPES[args.precision]
     config = make_config(args.model, args.width, args.layers)
     torch.manual_seed(0)
     source = RewardModel(transformers.AutoModel.from_config(config))
-    weights = dict([*source.named_parameters(), *source.named_buffers()])
-    model = empty_model(config)
-    use_sdpa(model.trunk)
-    freeze_bottom_layers(model, 0.7)
-    cast_frozen(model, dtype)
-    shard(model, mesh, dtype)
-    fill(model, weights, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def step(micro_steps: list[list[dict]], layout: str) -> tuple[int, int]:
-        """One optimizer step -> (pairs, tokens computed)."""
-        pairs = tokens = 0
-        for m, groups in enumerate(micro_steps):
-            model.set_requires_gradient_sync(m == len(micro_steps) - 1)
-            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100)
-            mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
-            batch = batch.to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                rewards = model(batch.input_ids, mask, batch.position_ids)
-            chosen, rejected = batch.pair_rewards(rewards)
-            scaler.scale(divergence_loss(chosen, rejected, batch.start, batch.end) / len(micro_steps)).backward()
-            pairs, tokens = pairs + len(chosen), tokens + batch.tokens
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return pairs, tokens
+    trainer = Trainer(config, dict([*source.named_parameters(), *source.named_buffers()]), device, mesh, dtype)
 
     print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
           f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
@@ -135,12 +148,12 @@ def main() -> None:
         for turn in range(args.repeat + 1):
             for layout, arguments in work.items():
                 start = time.perf_counter()
-                counts[layout] = step(*arguments)
+                counts[layout] = trainer.step(*arguments)
                 if turn:  # the first one warms up
                     seconds[layout].append(time.perf_counter() - start)
         print(name)
         best = statistics.median(seconds["shared"])
-        for layout, (pairs, tokens) in counts.items():
+        for layout, (pairs, tokens, _) in counts.items():
             median = statistics.median(seconds[layout])
             print(f"  {layout:<38} {pairs / median:>9.2f} {median / best:>6.2f}x {tokens / pairs:>14.0f}")
     if device.type == "cuda":

@@ -1,0 +1,267 @@
+"""The outputs of the frozen layers, computed once and kept on disk, so that later epochs skip those layers.
+
+    FOLDER/<key>/about.json                 what the key was made of: whatever else changes the states
+    FOLDER/<key>/<ab>/<name>.safetensors    a prompt with its completions: states [tokens, H] in the compute precision
+
+Only hidden states are kept. Masks, positions and rotary embeddings the trunk makes anew, by its own forward pass, in
+which frozen blocks hand on what they get and the last of them gives out what was kept. So the cache knows nothing of
+a block's arguments, and a frozen block that FSDP has sharded is still gathered: all ranks walk in step even if one
+finds its rows in the cache and another does not.
+
+A file has its name only when it is complete, is named by its content's origin and never changed, so any number of
+processes and runs may share a folder and be killed at any time. Its checksum tells what a power failure left of it.
+
+What is read back is equal to the bit to what would be computed in rows of the same shape. That is the case with one
+prompt a micro-step. With more, rows are padded to the longest neighbour, which changes from epoch to epoch, and with
+the shape the rounding of a matrix product: then cached and uncached runs agree to rounding.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from minirm import attention, rows
+from minirm.data import InputError, one_line, tokenizer_state
+from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
+from minirm.model import RewardModel
+from minirm.rows import Batch
+
+PARTIAL = ".partial"
+STALE_SECONDS = 3600  # a partial file older than this is one of a run that was killed
+BLOCK = 4096  # bytes in which file systems count
+
+
+class TrunkCache:
+    """`with cache.over(batch): model(...)` skips the frozen blocks if it knows all the batch, else keeps their output."""
+
+    def __init__(self, blocks: list[nn.Module], extras: int | None, dtype: torch.dtype, folder: Path | None = None):
+        """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None: nothing is written.
+
+        Replaces the blocks' `forward`, in place; FSDP's hooks stay outside of it. Blocks that are whole wait on the CPU
+        for the first batch that is not known: a run that only reads needs no device memory for them.
+        """
+        self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
+        for block in self.waiting:
+            block.to("cpu")
+        self.folder, self.dtype, self.extras, self.writing = folder, dtype, extras, folder is not None
+        self.known: set[str] = set()  # files whose checksum was right, or that were written here
+        self.kept: Tensor | None = None  # [tokens, H], what the last block gives out in place of its own output
+        self.computed: Tensor | None = None  # [R, L, H], its own
+        self.real: Tensor | None = None  # [R, L] bool: not padding
+        for block in blocks:
+            block.forward = partial(self._through, block.forward, block is blocks[-1])
+
+    def _through(self, forward, last: bool, *args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.kept is None:
+            while self.waiting:
+                self.waiting.pop().to(hidden.device)
+            output = forward(*args, **kwargs)
+            if last:
+                self.computed = output[0] if isinstance(output, tuple) else output
+                self.extras = len(output) - 1 if isinstance(output, tuple) else None
+            return output
+        if last:  # in padding stays what came from the embeddings: finite, and nothing looks at it
+            hidden = hidden.clone()
+            hidden[self.real] = self.kept.to(hidden)
+        return hidden if self.extras is None else (hidden, *[None] * self.extras)
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Around a forward pass over `batch`, which is to be still on the CPU."""
+        self.real, names = batch.segments >= 0, group_names(batch)
+        found = [self._read(name) for name in names]
+        missing = [name for name, states in zip(names, found) if states is None]
+        self.kept = None if missing else torch.cat(found)
+        try:
+            yield
+            for name in missing if self.writing else ():
+                mine = torch.tensor(batch.group) == names.index(name)
+                self._write(name, self.computed.detach()[mine][self.real[mine]].to("cpu", self.dtype))
+        finally:
+            self.kept = self.computed = self.real = None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, name: str) -> Tensor | None:
+        """[tokens, H], or None if it is not there, or not whole."""
+        try:
+            with safe_open(self._path(name), "pt") as file:
+                states = file.get_tensor("states")
+                if name not in self.known and file.metadata()["crc32"] != _checksum(states):
+                    return None
+        except (OSError, SafetensorError, KeyError, TypeError):
+            return None
+        self.known.add(name)
+        return states
+
+    def _write(self, name: str, states: Tensor) -> None:
+        """Under another name first: what has its name is complete. A disk that is full turns writing off."""
+        path = self._path(name)
+        partial_path = path.with_name(f"{name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path.write_bytes(save({"states": states}, {"crc32": _checksum(states)}))
+            os.replace(partial_path, path)
+            self.known.add(name)
+        except OSError as error:
+            self.writing = False
+            partial_path.unlink(missing_ok=True)
+            line = f"--cache_trunk {self.folder.parent}: cannot be written ({error.strerror or error})"
+            tqdm.write(f"{line}; goes on with what is there and without keeping more", file=sys.stderr)
+
+
+def _checksum(states: Tensor) -> str:
+    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy()))
+
+
+def group_names(batch: Batch) -> list[str]:
+    """A name for each group of a batch on the CPU: all that makes two groups' states differ under one key."""
+    names, of_group = [], torch.tensor(batch.group)
+    for g in range(batch.group[-1] + 1):
+        mine = of_group == g
+        real = batch.segments[mine] >= 0
+        digest = hashlib.blake2b(real.sum(dim=1).numpy().tobytes(), digest_size=16)
+        for values in (batch.input_ids, batch.position_ids, batch.segments, batch.visible):
+            digest.update(values[mine][real].numpy().tobytes())
+        names.append(digest.hexdigest())
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At start: can it be done, where, and is there room
+
+
+def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
+    """How many more values than the hidden states a block of this architecture returns; None: a bare tensor.
+
+    Raises InputError with the reason where caching is not possible. Decides by trying, on a small random model: hidden
+    states kept from one batch, another batch in between, then the first again with frozen blocks skipped.
+    """
+    if not frozen.layers:
+        raise InputError(
+            f"--cache_trunk: none of {frozen.total_layers} layers is frozen; leave the flag away, or raise --freeze_ratio"
+        )
+    if args.train_embeddings:
+        raise InputError(
+            "--cache_trunk: with --train_embeddings the frozen layers' outputs change; choose one of the two"
+        )
+    rest = {"chosen": [], "rejected": [], "margin": [], "subset": []}
+    batches = [  # of two rows, the second one padded
+        rows.collate([{"prefix": ids, "completions": [[9, 10, 11], [12]], **rest}], row_layout="separate", pad_id=0, row_limit=9)
+        for ids in ([5, 6, 7], [8, 20, 21])
+    ]  # fmt: skip
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    try:
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+        torch.set_num_threads(1)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            model = RewardModel(attention._small_model(config, None, args.max_length))
+            for p in model.parameters():
+                p.data = torch.randn_like(p) * p.shape[-1] ** -0.5
+            below = freeze_bottom_layers(model, 1 if len(frozen.layers) == frozen.total_layers else 0.5).layers
+            cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
+
+            def rewards(batch: Batch) -> Tensor:
+                cache.real = batch.segments >= 0
+                shared = batch.segments, batch.position_ids, batch.visible, model.trunk.config, torch.float32
+                return model(batch.input_ids, attention.attention_mask(*shared), batch.position_ids)[cache.real]
+
+            wanted, states = rewards(batches[0]), cache.computed
+            rewards(batches[1])
+            cache.kept = states[batches[0].segments >= 0]
+            same = torch.allclose(rewards(batches[0]), wanted, rtol=1e-4, atol=1e-5)
+        if states.requires_grad:
+            raise ValueError("something below the first trained layer is trained")
+        if not same:
+            raise ValueError("its layers hand on more than hidden states")
+    except Exception as error:  # noqa: BLE001 - any failure at all is a reason to refuse
+        raise InputError(
+            f"--cache_trunk: not for {config.model_type} ({one_line(error)}); leave the flag away"
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        torch.set_num_threads(threads)
+    return cache.extras
+
+
+def weights_digest(source: dict[str, Tensor], names: list[str]) -> str:
+    """Of every byte of the frozen weights. What is trained does not count: a retrained model finds the same cache."""
+
+    def of(name: str) -> str:
+        values = source[name].detach().contiguous()
+        data = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy())
+        return f"{name} {values.dtype} {tuple(values.shape)} {data.hexdigest()}"
+
+    with ThreadPoolExecutor() as pool:  # hashlib and torch let go of the interpreter's lock
+        return hashlib.sha256("\n".join(pool.map(of, sorted(names))).encode()).hexdigest()
+
+
+def open_folder(
+    args, config, tokenizer, source: dict[str, Tensor], frozen: Frozen, report: dict, layout: str, device: str
+) -> Path:
+    """On the first process: the folder of these states, made if need be. Prints what it will take and what is free.
+
+    source: the weights, by name. Raises InputError if the folder cannot be written or the disk is too small.
+    """
+    code = "".join(Path(module.__file__).read_text() for module in (attention, rows, sys.modules[__name__]))
+    about = {
+        "weights": weights_digest(source, frozen.parameters),
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")},
+        "frozen layers": len(frozen.layers),
+        "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
+        "max_length": args.max_length,
+        "row_layout": layout,
+        "precision": args.precision,
+        "one prompt a micro-step": args.per_device_train_batch_size == 1,  # for the rounding, see the top of this file
+        "device": device,
+        "versions": [torch.__version__, transformers.__version__],
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+    }
+    text = json.dumps(about, indent=1, sort_keys=True, default=str)
+    folder = Path(args.cache_trunk) / hashlib.sha256(text.encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (mine := folder / f"about.{uuid.uuid4().hex}{PARTIAL}").write_text(text)
+        os.replace(mine, folder / "about.json")
+        for path in folder.glob(f"*/*{PARTIAL}"):
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+        there = sum(path.stat().st_size + BLOCK // 2 for path in folder.glob("*/*.safetensors"))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        line = f"--cache_trunk {args.cache_trunk}: cannot be written ({error.strerror}); choose another folder"
+        raise InputError(line) from None
+    tokens = sum(part[f"{layout} tokens"] for part in report.values())
+    files = sum(part["prompts"] for part in report.values())
+    width, itemsize = config.get_text_config().hidden_size, 4 if args.precision == "fp32" else 2
+    needed = tokens * width * itemsize + files * (BLOCK // 2 + 200)  # half a block is lost at the end of a file
+    sizes = (
+        f"takes about {needed / 1e6:,.1f} MB, {there / 1e6:,.1f} MB are there already, {free / 1e6:,.1f} MB are free"
+    )
+    if needed - there > free:
+        raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or leave the flag away")
+    print(f"the output of the frozen layers for {files:,} prompts {sizes}\n")
+    return folder
