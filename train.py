@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,6 +36,12 @@ from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
+
+
+def print0(line: str) -> None:
+    """On the first process, to stderr, and not into the middle of a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +105,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not 0 <= args.freeze_ratio <= 1:
         raise InputError(f"--freeze_ratio must lie in 0..1, got {args.freeze_ratio}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, got {args.seed}")
+    idle = {
+        "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
+        "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
+    }  # fmt: skip
+    for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in (argv or sys.argv)]:
+        print0(f"train.py: warning: {flag} has no effect beside the other flags")
     return args
 
 
@@ -381,6 +396,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of OPT's views, which nothing changes in place
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # missing weights are refused in load_weights, all else is expected
     line, code, rank = "", 0, os.environ.get("RANK", "0")

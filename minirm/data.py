@@ -268,7 +268,7 @@ def join(prompt: str, answer: str, separator: str) -> str:
 
 def encode(tokenizer, texts: list[str], eos: bool = True) -> list[list[int]]:
     """Token ids: the tokenizer's own BOS once, even where the text brings it along, and EOS once at the end."""
-    rows = tokenizer(texts, verbose=False)["input_ids"]
+    rows = tokenizer(texts, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     for ids in rows:
         while ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and _adds_bos(tokenizer, ids)):
             ids.pop()

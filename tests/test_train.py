@@ -300,7 +300,14 @@ def test_models_that_cannot_become_reward_models_are_refused(refused, capsys, tm
 def test_flags_out_of_range_are_refused(refused, capsys):
     assert "--freeze_ratio must lie in 0..1, got 1.5" in refused(capsys, "--freeze_ratio", 1.5)
     assert "--gradient_accumulation_steps must be positive" in refused(capsys, "--gradient_accumulation_steps", 0)
+    assert "--seed must lie in" in refused(capsys, "--seed", -1)
     assert "--learn_rate" in refused(capsys, "--learn_rate", 1)
+
+
+def test_a_flag_without_effect_is_named_and_no_other(capsys):
+    train = importlib.import_module("train")
+    train.parse_args(["--model", "x", "--max_steps", "5", "--num_train_epochs", "3", "--warmup_steps", "3"])
+    assert capsys.readouterr().err == "train.py: warning: --num_train_epochs has no effect beside the other flags\n"
 
 
 def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
