@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# Before anything imports datasets, which reads it once: what the tests prepare goes where it can be thrown away.
+CACHES = tempfile.TemporaryDirectory(prefix="minirm-tests-")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=CACHES.name)
 
 import pytest
 import torch
 import transformers
+from processes import Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +116,9 @@ def model_folder(tmp_path_factory):
     return get
 
 
-@pytest.fixture(autouse=True, scope="session")
-def caches(tmp_path_factory):
-    """Caches of the run go to a temporary folder."""
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Runs of train.py in processes that start in milliseconds and can be killed: see processes.py."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()

@@ -15,7 +15,6 @@ import subprocess
 
 import pytest
 from conftest import make_comparisons, make_model, read_metrics, write_jsonl
-from processes import Server
 
 from minirm.checkpoint import START, Run, accumulation, begin, check_output, checkpoints, differences, verify
 from minirm.data import InputError
@@ -26,13 +25,6 @@ SPEEDS = ("pairs_per_second", "tokens_per_second")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoint")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    server = Server(folder)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

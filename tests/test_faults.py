@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
-from processes import Server
 from safetensors.torch import load_file
 
 from minirm.checkpoint import checkpoints, verify
@@ -30,13 +29,6 @@ from fuzz import make_file, try_file
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    server = Server(folder)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Run: pytest tests/test_shard.py. Needs no network and no GPU; two gloo processes
 import pytest
 import torch
 from conftest import make_comparisons, read_metrics, write_jsonl
-from processes import Server
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -44,34 +43,19 @@ def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute
         assert torch.equal(tensor, wanted.float()), name
 
 
-def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(
-    model_folder, tmp_path_factory, tmp_path
-):
+def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(server, model_folder, tmp_path):
     """frozen_share=0 leaves no memory for whole frozen parameters. Two processes, fp32 and bf16, equal to the bit."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
-    server = Server(tmp_path)
     sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0)"
-    try:
-        for precision in ("fp32", "bf16"):
-            rows, weights = [], []
-            for patch in ("", sharded):
-                output = tmp_path / f"{precision}{len(patch)}"
-                flags = [
-                    "--model",
-                    model_folder("gptj"),
-                    "--train_data",
-                    data,
-                    "--eval_data",
-                    data,
-                    "--max_length",
-                    200,
-                ]
-                flags += ["--precision", precision, "--max_steps", 3, "--learning_rate", 1e-3, "--logging_steps", 1]
-                run = server.run(*flags, "--warmup_steps", 0, "--output_dir", output, world=2, patch=patch)
-                assert run.wait() == [0, 0], run.text()[-3000:]
-                rows.append([{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(output)])
-                weights.append(load_file(output / "model.safetensors"))
-            assert rows[0] == rows[1]
-            assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
-    finally:
-        server.close()
+    for precision in ("fp32", "bf16"):
+        rows, weights = [], []
+        for patch in ("", sharded):
+            output = tmp_path / f"{precision}{len(patch)}"
+            flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--output_dir", output]
+            flags += ["--precision", precision, "--max_steps", 3, "--learning_rate", 1e-3, "--logging_steps", 1]
+            run = server.run(*flags, "--max_length", 200, "--warmup_steps", 0, world=2, patch=patch)
+            assert run.wait() == [0, 0], run.text()[-3000:]
+            rows.append([{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(output)])
+            weights.append(load_file(output / "model.safetensors"))
+        assert rows[0] == rows[1]
+        assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())

@@ -29,11 +29,14 @@ def data(tmp_path_factory):
     return write_jsonl(folder / "train.jsonl", make_comparisons(23)), write_jsonl(folder / "eval.jsonl", rows)
 
 
-def trained(data, output, model, *flags, processes=0, timeout=240):
-    """Runs the command to its end and returns its metrics.jsonl. One process runs in here, which saves the imports."""
+def trained(data, output, model, *flags, processes=0):
+    """Runs the command to its end and returns its metrics.jsonl.
+
+    Several processes run under torchrun; one runs in here, which saves the imports.
+    """
     flags = ["--model", model, "--train_data", data[0], "--eval_data", data[1], "--output_dir", output, *QUICK, *flags]
     if processes:
-        result = run_train(*flags, processes=processes, timeout=timeout)
+        result = run_train(*flags, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     else:
         assert importlib.import_module("train").main([str(flag) for flag in flags]) == 0

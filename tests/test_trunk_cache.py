@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, SMALL, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
-from processes import Server
 from safetensors.torch import load_file, save_file
 
 from minirm import attention, trunk_cache
@@ -44,13 +43,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     train = write_jsonl(folder / "train.jsonl", make_comparisons(23, per_prompt=2))
     return train, write_jsonl(folder / "eval.jsonl", make_comparisons(9, seed=3, per_prompt=2))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("runs"))
-    yield server
-    server.close()
 
 
 def outcome(output: Path) -> tuple[list, dict]:
