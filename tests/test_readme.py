@@ -64,3 +64,11 @@ def test_python_that_readme_imports_from_minirm_is_there():
     for module, names in re.findall(r"^from (minirm\.\w+) import (.+)$", README, re.MULTILINE):
         for name in names.split(", "):
             assert hasattr(__import__(module, fromlist=[name]), name), (module, name)
+
+
+def test_the_ratios_on_the_first_screen_are_those_of_the_tables():
+    first = " ".join(README.split("It is not a framework")[0].split())
+    cached = re.findall(r"\| \(f\) [^|]+\| [\d.]+ \| \d+% \| ([\d.]+) \|", README)
+    assert f"{cached[0]}x fewer seconds than TRL" in first and f"{cached[1]}x fewer on ranking data" in first
+    rows = [float(ratio) for ratio in re.findall(r"\| ([\d.]+)x \| \d+ \|$", README, re.MULTILINE)]
+    assert f"{rows[0]:.1f}x fewer seconds on summaries and {rows[2]:.1f}x fewer on ranking" in first
