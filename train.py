@@ -137,7 +137,7 @@ def train(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.precision]
 
     # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
-    with shard.first_process_first():
+    with shard.first_process_first(patient):
         if "demo" in (args.model, args.train_data):
             demo = build_demo(args.seed)
             if args.train_data == "demo":

@@ -10,6 +10,8 @@ import copy
 import re
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,22 @@ def probe_shared_rows(config, attn_implementation=None, max_length=None):
     fp32 on the CPU. Whatever goes wrong on the way is a reason, too. Takes a second or less.
     """
     name = getattr(config, "model_type", type(config).__name__)
+    try:
+        with trying():
+            model = _small_model(config, attn_implementation, max_length)
+            differences = torch.tensor([_differences(model) for _ in range(PROBE_TRIES)]).amax(dim=0).tolist()
+    except Exception as error:  # noqa: BLE001, any failure at all is a reason to refuse
+        message = (str(error).strip().splitlines() or [""])[0]
+        return f"{name}: shared rows fail ({type(error).__name__}: {message[:200]})"
+    for what, difference in zip(("hidden states", "gradients"), differences):
+        if not difference <= TOLERANCE:  # this way round NaN is a no
+            return f"{name}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
+    return None
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """To run a small random model on the CPU in fp32, silently, with the same numbers every time, leaving no trace."""
     verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
     try:
         logging.set_verbosity(logging.CRITICAL)
@@ -113,18 +131,10 @@ def probe_shared_rows(config, attn_implementation=None, max_length=None):
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach the GPUs
             with torch.autocast("cpu", enabled=False):
-                model = _small_model(config, attn_implementation, max_length)
-                differences = torch.tensor([_differences(model) for _ in range(PROBE_TRIES)]).amax(dim=0).tolist()
-    except Exception as error:  # noqa: BLE001, any failure at all is a reason to refuse
-        message = (str(error).strip().splitlines() or [""])[0]
-        return f"{name}: shared rows fail ({type(error).__name__}: {message[:200]})"
+                yield
     finally:
         logging.set_verbosity(verbosity)
         torch.set_num_threads(threads)
-    for what, difference in zip(("hidden states", "gradients"), differences):
-        if not difference <= TOLERANCE:  # this way round NaN is a no
-            return f"{name}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
-    return None
 
 
 def _small_model(config, attn_implementation, max_length):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from minirm.data import InputError, Prepared, fingerprint, one_line, tokenizer_state
+from minirm.data import InputError, Prepared, file_digest, one_line, tokenizer_state
 from minirm.shard import on_first_process
 
 STATE, SUMS, RUN = "checkpoint.json", "SHA256SUMS", "run.json"
@@ -163,8 +163,8 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
         "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "weights of --model": model_fingerprint(args.model, config),
         "tokenizer of --model": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
-        "--train_data": fingerprint(args.train_data),
-        "--eval_data": fingerprint(args.eval_data) if args.eval_data else None,
+        "--train_data": data.sources[0],
+        "--eval_data": data.sources[1] if args.eval_data else None,
         "prompts, tokens in --train_data": [len(data.train), data.report["train"]["separate tokens"]],
     }
 
@@ -283,7 +283,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             on_first_process(group, _make_empty, partial)
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # synced to disk
             dcp.save(kept, storage_writer=writer, process_group=group)
-            mine = {p.name: _digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
+            mine = {p.name: file_digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine, group=group)
             files = {name: digest for of_rank in everyone for name, digest in of_rank.items()}
@@ -326,7 +326,7 @@ def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], li
         )
     sizes = {name: (partial / name).stat().st_size for name in sorted(files)}
     _write(partial / STATE, json.dumps(state | {"files": sizes}, indent=1))
-    files = {**files, STATE: _digest(partial / STATE)}
+    files = {**files, STATE: file_digest(partial / STATE)}
     _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
     _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
     os.rename(partial, final)
@@ -361,14 +361,6 @@ def _sync(folder: Path) -> None:
     os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def verify(folder: Path) -> dict:
     """The state of a checkpoint of which every byte is as it was written. Raises ValueError saying what is not."""
     try:
@@ -377,7 +369,7 @@ def verify(folder: Path) -> dict:
         if STATE not in names or any(Path(name).name != name for name in names):
             raise ValueError(f"{SUMS} is damaged")
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: _digest(folder / name), names))
+            digests = list(pool.map(lambda name: file_digest(folder / name), names))
         for name, digest, line in zip(names, digests, sums.splitlines(keepends=True)):
             if line != f"{digest}  {name}\n":
                 size = (folder / name).stat().st_size

@@ -49,7 +49,8 @@ class Prepared(NamedTuple):
 
     train: datasets.Dataset
     eval: datasets.Dataset
-    report: dict  # counts: see `report_table`
+    report: dict  # counts, by part: see report.py
+    sources: list[str]  # fingerprints of the training data and, if it was given, of the evaluation data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,13 +166,18 @@ def fingerprint(source: str) -> str:
     if Path(source).suffix not in FILE_TYPES:
         return _load(source)._fingerprint
     try:
-        digest = hashlib.sha256()
-        with open(source, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        return digest.hexdigest()
+        return file_digest(Path(source))
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file. hashlib has this from Python 3.11 on."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def one_line(error: Exception | str) -> str:
@@ -468,7 +474,8 @@ def prepare(
             raise InputError(
                 f"{source}: nothing left to {part} on: {report[part].get('read', 0):,} comparisons read; {why}"
             )
-    return Prepared(*(datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")), report)
+    parts = [datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")]
+    return Prepared(*parts, report, sources)
 
 
 def read_parts(train_data, eval_data, eval_fraction, seed, counts) -> dict[str, list[Comparison]]:

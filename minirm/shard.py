@@ -48,7 +48,7 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """For what one process does while the others wait: reading weights, writing files. Made by all of them, once."""
+    """For what one process does while the others wait: preparing data, reading weights, writing files. Made by all of them, once."""
     return dist.new_group(backend="gloo", timeout=START_TIMEOUT)
 
 
@@ -71,12 +71,11 @@ def local_rank() -> int:
 
 
 @contextmanager
-def first_process_first() -> Iterator[None]:
+def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
     """The first process of each machine runs the block, then the others do, who find its files there.
 
     If the block raises InputError on a first process, it does so everywhere: all end alike.
     """
-    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
     refused = torch.zeros(1)
     try:
         if local_rank() > 0:

@@ -23,7 +23,6 @@ import shutil
 import sys
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,12 +170,8 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         rows.collate([{"prefix": ids, "completions": [[9, 10, 11], [12]], **rest}], row_layout="separate", pad_id=0, row_limit=9)
         for ids in ([5, 6, 7], [8, 20, 21])
     ]  # fmt: skip
-    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     try:
-        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-        torch.set_num_threads(1)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with attention.trying():
             model = RewardModel(attention._small_model(config, None, args.max_length))
             for p in model.parameters():
                 p.data = torch.randn_like(p) * p.shape[-1] ** -0.5
@@ -200,9 +195,6 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         raise InputError(
             f"--cache_trunk: not for {config.model_type} ({one_line(error)}); leave the flag away"
         ) from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        torch.set_num_threads(threads)
     return cache.extras
 
 

@@ -287,7 +287,7 @@ def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path)
 
 def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
     """With right digests, but other contents: nothing of it may end in a traceback."""
-    from minirm.checkpoint import _digest
+    from minirm.data import file_digest
 
     for number, change in enumerate(
         [
@@ -304,7 +304,7 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
         change(state)
         (copy / "checkpoint.json").write_text(json.dumps(state))
         names = sorted(path.name for path in copy.iterdir() if path.name != "SHA256SUMS")
-        (copy / "SHA256SUMS").write_text("".join(f"{_digest(copy / name)}  {name}\n" for name in names))
+        (copy / "SHA256SUMS").write_text("".join(f"{file_digest(copy / name)}  {name}\n" for name in names))
         with pytest.raises(ValueError):
             verify(copy)
     (tmp_path / "0" / "SHA256SUMS").write_text(f"{'0' * 64}  ../../secret\n{'0' * 64}  checkpoint.json\n")
