@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minirm import checkpoint, shard
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
-from minirm.data import InputError, one_line, prepare
+from minirm.data import prepare, totals
 from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import divergence_loss, pairwise_loss
@@ -32,6 +32,7 @@ from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.report import model_card, start_report
 from minirm.rows import Batch, collate
+from minirm.sources import InputError, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,11 +56,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
-    add("--train_data", default="demo", help=".jsonl .json .csv .parquet file, dataset name or name:split; demo: made here")
-    add("--eval_data", help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
+    add("--train_data", nargs="+", default=["demo"],
+        help=".jsonl .json .csv .parquet files, dataset names or name:split; demo: made here")
+    add("--eval_data", nargs="+", default=[],
+        help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
     add("--separator", default=r"\n", type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),
         help="put between prompt and answer, unless whitespace already stands there")
+    add("--chat_template", help="Jinja file for data made of messages; off: the tokenizer's own")
     add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
     add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
     add("--overlong", default="truncate", choices=["truncate", "drop", "error"],
@@ -138,13 +142,13 @@ def train(args: argparse.Namespace) -> None:
 
     # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
     with shard.first_process_first(patient):
-        if "demo" in (args.model, args.train_data):
+        if "demo" in (args.model, *args.train_data):
             demo = build_demo(args.seed)
-            if args.train_data == "demo":
-                args.train_data, args.eval_data = str(demo.train), args.eval_data or str(demo.eval)
+            if args.train_data == ["demo"]:
+                args.train_data, args.eval_data = [str(demo.train)], args.eval_data or [str(demo.eval)]
             if args.model == "demo":
                 args.model = str(demo.model)
-        config, tokenizer = load_config(args.model)
+        config, tokenizer = load_config(args.model, args.chat_template)
         model = empty_model(config)  # shapes without memory
         use_sdpa(model.trunk)
         try:
@@ -155,13 +159,13 @@ def train(args: argparse.Namespace) -> None:
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
             max_length=args.max_length, overlong=args.overlong, seed=args.seed,
         )  # fmt: skip
-        if (largest := max(part["largest id"] for part in data.report.values())) >= config.vocab_size:
+        counts = totals(data.report["train"] + data.report["eval"])
+        if (largest := counts["largest id"]) >= config.vocab_size:
             raise InputError(
                 f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the "
                 "two do not belong together"
             )
-        longest = max(part["longest"] for part in data.report.values())
-        if longest > (positions := getattr(config, "max_position_embeddings", longest)):
+        if counts["longest"] > (positions := getattr(config, "max_position_embeddings", math.inf)):
             raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; choose no more")
     # Shared rows are exact or not used: a small model of the same kind decides, before any weight is loaded.
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
@@ -236,7 +240,7 @@ def train(args: argparse.Namespace) -> None:
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward pass over a rank's groups -> batch, loss [], and its pairs' end rewards, chosen [P], rejected [P]."""
         # A rank that has nothing left computes some row all the same, since every rank has to enter every forward.
-        rows = [getattr(data, part)[g] for g in groups] or [{**data.train[0], "chosen": [], "rejected": []}]
+        rows = [getattr(data, part)[g] for g in groups] or [data.train[0] | {"chosen": []}]
         batch = to_batch(rows)
         mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
         with cache.over(batch) if cache else nullcontext():  # skips the frozen layers if all of the batch is known
@@ -341,9 +345,9 @@ def train(args: argparse.Namespace) -> None:
 
         if due(args.logging_steps, step):
             seconds = time.perf_counter() - since
-            totals = torch.cat([sums, seen.to(device)])
-            dist.all_reduce(totals)
-            loss, correct, margin, n, tokens, places, separate = totals.tolist()
+            summed = torch.cat([sums, seen.to(device)])
+            dist.all_reduce(summed)
+            loss, correct, margin, n, tokens, places, separate = summed.tolist()
             row = {
                 "step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n,
                 "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from minirm.data import InputError, Prepared, file_digest, one_line, tokenizer_state
+from minirm.data import Prepared, tokenizer_state, totals
 from minirm.shard import on_first_process
+from minirm.sources import InputError, file_digest, one_line
 
 STATE, SUMS, RUN = "checkpoint.json", "SHA256SUMS", "run.json"
 PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
@@ -43,7 +44,7 @@ PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may b
 # compared by content, so that they may move; batch size and accumulation by their product with the processes.
 FREE = {
     "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
-    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data",
+    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 # What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
@@ -163,9 +164,9 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
         "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "weights of --model": model_fingerprint(args.model, config),
         "tokenizer of --model": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
-        "--train_data": data.sources[0],
-        "--eval_data": data.sources[1] if args.eval_data else None,
-        "prompts, tokens in --train_data": [len(data.train), data.report["train"]["separate tokens"]],
+        "--train_data": data.sources["train"],
+        "--eval_data": data.sources["eval"],
+        "prompts, tokens in --train_data": [len(data.train), totals(data.report["train"])["separate tokens"]],
     }
 
 

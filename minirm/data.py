@@ -1,47 +1,68 @@
-"""From files of comparisons to groups of token ids: reading, checking, filtering, tokenising.
+"""From files of comparisons to groups of token ids: filtering, rendering, tokenising, grouping by prompt.
 
-A *comparison* is a prompt, a chosen and a rejected answer. A *group* is all comparisons of one prompt:
+An *example* is a prompt, its completions and comparisons between them (schemas.py); most are one comparison of two. A
+*group* is all examples of one prompt:
 
     prefix       the token ids that all its completions begin with
     completions  the rest of each completion, its EOS included; equal ones are kept once
-    chosen, rejected, margin, subset   one entry a comparison; the first two are indices into completions
+    chosen, rejected, margin, subset, source   one entry a comparison; the first two are indices into completions
 
 Prompt and answer are tokenised together, as one text, so that the ids are those which any other program gets for it.
+Examples and groups lie on disk and are memory-mapped: what is held in memory is 8 bytes an example.
 """
 
-import csv
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
+from datasets import List, Value
 from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
 from tqdm import tqdm
 
+from minirm import schemas
+from minirm.sources import InputError, fingerprint, one_line, read_rows
+
 MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, little enough for memory
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
-
-
-class Comparison(NamedTuple):
-    prompt: str
-    chosen: str
-    rejected: str
-    margin: float | None
-    subset: str
-    where: str = ""  # "file:line"
+TEXTS = datasets.Features(
+    {
+        "prompt": Value("string"),  # of messages: as JSON
+        "texts": List(Value("string")),  # prompt and completion in one, for every completion
+        "chat": Value("bool"),  # rendered by the chat template, special tokens and all
+        "chosen": List(Value("int32")),  # one entry a comparison: index into texts
+        "rejected": List(Value("int32")),
+        "margin": List(Value("float32")),
+        "subset": Value("string"),
+        "source": Value("int32"),  # number of the file
+        "where": Value("string"),  # "file:line"
+    }
+)
+FEATURES = datasets.Features(
+    {
+        "prefix": List(Value("int32")),
+        "completions": List(List(Value("int32"))),
+        "chosen": List(Value("int32")),
+        "rejected": List(Value("int32")),
+        "margin": List(Value("float32")),  # 0: none
+        "subset": List(Value("string")),
+        "source": List(Value("int32")),
+        "pairs": Value("int32"),
+        "prompt_pairs": Value("int32"),  # of the prompt; more than `pairs` where its over-long ones form another group
+        "shared_tokens": Value("int32"),  # prefix computed once
+    }
+)
 
 
 class Prepared(NamedTuple):
@@ -49,220 +70,55 @@ class Prepared(NamedTuple):
 
     train: datasets.Dataset
     eval: datasets.Dataset
-    report: dict  # counts, by part: see report.py
-    sources: list[str]  # fingerprints of the training data and, if it was given, of the evaluation data
+    report: dict[str, list[dict]]  # of each part, counts for every source of it: see report.py
+    sources: dict[str, list[str]]  # of each part, the fingerprints of its files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# Texts
 
 
-def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) for every row of a file or dataset; `where` is "file:line" for an error message.
+def set_chat_template(tokenizer, path: str | None = None) -> None:
+    """Gives a tokenizer the template in a file, and makes its template end where the reward is read.
 
-    JSON and CSV are read line by line here, not by `datasets`, which infers one type for a column and so cannot tell
-    in which line a wrong one stands, turns the CSV answer "NA" into nothing, and stumbles over columns not needed.
+    Many templates put a line break behind the token that ends a turn, some put no such token. Here a conversation ends
+    with it, or with EOS, so that what `apply_chat_template` gives is what is scored, in any program that loads the
+    exported tokenizer. Prompts for generation stay as they are.
     """
-    path = Path(source)
-    if path.suffix in (".csv", ".json", ".jsonl"):
-        reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}[path.suffix]
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            try:
-                yield from reader(source, file)
-            except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
-                line = _first_line_not_utf8(path)
-                raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    else:
-        rows, number = iter(_load(source)), 1
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
-                raise InputError(f"{source}, row {number}: cannot be read ({one_line(error)})") from None
-            if row is None:
-                return
-            yield f"{source}, row {number}", row
-            number += 1
-
-
-def _first_line_not_utf8(path: Path) -> int:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError(f"{path} was changed while it was being read")
-
-
-def _read_csv(source, file):
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
-    reader = csv.DictReader(file, strict=True)
-    try:
-        if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
-            raise InputError(f"{source}:1: the column {_shown(twice[0])} stands there twice; which one counts?")
-        for row in reader:
-            if None in row:  # a comma in a text without quotes: the text would end there without a word
-                raise InputError(
-                    f"{source}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
-                    f"{len(reader.fieldnames)} column names; put texts with commas in double quotes"
-                )
-            yield f"{source}:{reader.line_num}", row
-    except csv.Error as error:
-        # Where the row begins: the line behind the last good row.
-        raise InputError(f"{source}:{reader.line_num + 1}: not CSV ({error})") from None
-
-
-def _read_json(source, file):
-    while (character := file.read(1)).isspace():
-        pass
-    file.seek(0)
-    if character != "[":  # many .json files hold one object a line
-        yield from _read_json_lines(source, file)
-        return
-    text = file.read()
-    try:
-        rows = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
-        raise InputError(f"{source}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
-    yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def _read_json_lines(source, file):
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
-                ) from None
-            yield f"{source}:{number}", row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. The parser itself would let the last of two equal names win without a word."""
-    if len(row := dict(pairs)) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{_shown(twice)} stands twice in one object")
-    return row
-
-
-def _load(source: str) -> datasets.Dataset:
-    """A Parquet file, or a dataset by name or name:split."""
-    name, _, split = source.partition(":")
-    try:
-        if Path(source).suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=source, split="train")
-        return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # noqa: BLE001 - the hub client's and pyarrow's own, many kinds; nothing of ours
-        raise InputError(
-            f"{source}: neither a {', '.join(FILE_TYPES)} file nor a dataset that can be loaded ({one_line(error)})"
-        ) from None
-
-
-def fingerprint(source: str) -> str:
-    """Changes when the data does. Raises InputError if there is no such file or dataset."""
-    if Path(source).suffix not in FILE_TYPES:
-        return _load(source)._fingerprint
-    try:
-        return file_digest(Path(source))
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file. hashlib has this from Python 3.11 on."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
-
-
-def to_comparison(row: dict, where: str) -> Comparison:
-    """Checks one row. Raises InputError naming the row, the column, what stands there and what was expected."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with the columns chosen and rejected, got {_shown(row)}")
-    for column in ("chosen", "rejected"):
-        if column not in row:
-            found = one_line(", ".join(str(name) for name in row) or "none")
+    if path:
+        try:
+            tokenizer.chat_template = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"{where}: no column '{column}'; expected prompt (optional), chosen, rejected; found {found}"
-            )
-    texts = []
-    for column in ("prompt", "chosen", "rejected", "subset"):
-        text = row.get(column)
-        if column in ("prompt", "subset") and text is None:
-            text = ""
-        if column == "subset":
-            text = str(text)
-        if not isinstance(text, str):
-            raise InputError(f"{where}: '{column}' must be a string, got {_shown(text)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-            raise InputError(f"{where}: '{column}' is not valid Unicode ({one_line(error)})") from None
-        texts.append(text)
-    prompt, chosen, rejected, subset = texts
-    margin = None if row.get("margin") == "" else row.get("margin")
-    if margin is not None:
-        try:
-            if isinstance(margin, bool):
-                raise TypeError
-            margin = float(margin)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(f"{where}: 'margin' must be a number, got {_shown(row['margin'])}") from None
-        if not 0 <= margin < math.inf:
-            raise InputError(f"{where}: 'margin' must be finite and not negative, got {margin}; swap the two answers")
-    return Comparison(prompt, chosen, rejected, margin, subset, where)
+                f"--chat_template {path}: cannot be read ({one_line(error)}); expected a Jinja file"
+            ) from None
+    if not tokenizer.chat_template:
+        return
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        template = tokenizer.get_chat_template()
+    except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
+        if path:
+            raise InputError(
+                f"--chat_template {path}: does not render a question and an answer ({one_line(error)})"
+            ) from None
+        return  # and an error where messages come up
+    if text.rstrip() and tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1] in special_ids(tokenizer):
+        if text == text.rstrip():
+            return
+        end = "minirm_text.rstrip()"
+    else:
+        end = "minirm_text + eos_token"
+    tokenizer.chat_template = (
+        "{% set minirm_text %}" + template.removesuffix("\n") + "{% endset %}"
+        "{{ minirm_text if add_generation_prompt else " + end + " }}"
+    )
 
 
-def _shown(value) -> str:
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def read_comparisons(source: str, counts: Counter, measured: bool = False) -> Iterator[Comparison]:
-    """The comparisons of a source that are worth training on. `counts` gets: read, and why the others were left out.
-
-    A file to be `measured` on is taken whole, but for ties: its accuracy is then that of any other program on it.
-    """
-    for where, row in read_rows(source):
-        comparison = to_comparison(row, where)
-        counts["read"] += 1
-        if comparison.margin == 0:
-            counts["dropped: tie (margin 0)"] += 1
-        elif measured:
-            yield comparison
-        elif comparison.chosen == comparison.rejected:
-            counts["dropped: identical answers"] += 1
-        elif min(len(comparison.chosen.split()), len(comparison.rejected.split())) < MIN_WORDS:
-            counts[f"dropped: answer under {MIN_WORDS} words"] += 1
-        else:
-            yield comparison
-
-
-def hold_out(prompts: Iterable[str], fraction: float, seed: int) -> set[str]:
-    """The prompts to evaluate on: `fraction` of the distinct ones, at least one. The same on every rank."""
-    distinct = sorted(set(prompts))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(distinct), generator=generator).tolist()
-    return {distinct[i] for i in order[: max(1, round(fraction * len(distinct)))]}
-
-
-def prompt_key(comparison: Comparison) -> str:
-    """What makes two comparisons of the same prompt. Without a prompt each pair of answers stands for itself."""
-    return comparison.prompt or "\0".join(["", *sorted([comparison.chosen, comparison.rejected])])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
+def special_ids(tokenizer) -> set[int]:
+    """Ids that can end a turn: EOS and all other special tokens."""
+    return {tokenizer.eos_token_id} | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
 def join(prompt: str, answer: str, separator: str) -> str:
@@ -272,15 +128,99 @@ def join(prompt: str, answer: str, separator: str) -> str:
     return prompt + separator + answer
 
 
-def encode(tokenizer, texts: list[str], eos: bool = True) -> list[list[int]]:
-    """Token ids: the tokenizer's own BOS once, even where the text brings it along, and EOS once at the end."""
-    rows = tokenizer(texts, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+def render(tokenizer, messages: schemas.Messages, where: str) -> str:
+    """Messages by the chat template. Raises InputError if there is none, or if it refuses them."""
+    if not messages:
+        return ""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: messages, but the tokenizer has no chat template; give one with --chat_template FILE, or use a "
+            "model that has been trained to chat"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
+        raise InputError(f"{where}: the chat template refuses these messages ({one_line(error)})") from None
+
+
+def read_texts(
+    source: str, tokenizer, separator: str, report: dict, keep: str = "worth", number: int = 0
+) -> Iterator[dict]:
+    """The examples of a source as TEXTS. Raises InputError for a bad row.
+
+    Args:
+        report: gets the schema, the comparisons read, and why others were dropped.
+        keep: "worth" leaves out comparisons not worth training on; "labelled" ties alone: a file to measure on is taken
+            whole, its accuracy is then that of any other program on it; "all" also keeps examples without a comparison.
+        number: of the source.
+    """
+    schema, counts = None, Counter()
+    for where, row in read_rows(source):
+        try:
+            if schema is None:
+                schema = schemas.recognise(row)
+                report["schema"] = schemas.describe(schema, row)
+            example = schema.convert(row)
+            subset = "" if row.get("subset") is None else str(row["subset"])
+            subset.encode()
+        except (ValueError, KeyError) as error:
+            what = f"no column {error}" if isinstance(error, KeyError) else one_line(error)
+            raise InputError(f"{where}: {what}") from None
+        answers = [c if isinstance(c, str) else "\n".join(m["content"] for m in c) for c in example.completions]
+        counts["read"] += len(example.pairs) + example.ties
+        counts["dropped: tie"] += example.ties
+        pairs = []
+        for chosen, rejected, margin in example.pairs:
+            if keep == "worth" and answers[chosen] == answers[rejected]:
+                counts["dropped: identical answers"] += 1
+            elif keep == "worth" and min(len(answers[chosen].split()), len(answers[rejected].split())) < MIN_WORDS:
+                counts[f"dropped: answer under {MIN_WORDS} words"] += 1
+            else:
+                pairs.append((chosen, rejected, margin or 0.0))
+        report.update(counts)
+        if not pairs and keep != "all":
+            continue
+        chat = not isinstance(example.completions[0], str)
+        if chat:
+            texts = [render(tokenizer, example.prompt + completion, where) for completion in example.completions]
+        else:
+            texts = [join(example.prompt, completion, separator) for completion in example.completions]
+        yield {
+            "prompt": json.dumps(example.prompt) if chat else example.prompt,
+            "texts": texts,
+            "chat": chat,
+            **{name: [pair[i] for pair in pairs] for i, name in enumerate(("chosen", "rejected", "margin"))},
+            "subset": subset,
+            "source": number,
+            "where": where,
+        }
+
+
+def prompt_key(example: dict) -> int:
+    """What makes two examples of the same prompt. Without a prompt each set of answers stands for itself."""
+    alone = example["prompt"] in ("", "[]")
+    text = "\0".join(["", *sorted(example["texts"])]) if alone else f"{example['chat']} {example['prompt']}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
+    """Token ids: BOS once, even where the text brings along what the tokenizer adds, and once at the end EOS, or what
+    ends a turn in the chat template."""
+    options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+    rows = tokenizer(texts, add_special_tokens=not chat, **options)["input_ids"]
+    ends = special_ids(tokenizer) if chat else set()
     for ids in rows:
-        while ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and _adds_bos(tokenizer, ids)):
+        while (
+            not chat and ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and _adds_bos(tokenizer, ids))
+        ):
             ids.pop()
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             del ids[0]
-        if eos:
+        if eos and not (ids and ids[-1] in ends):
             ids.append(tokenizer.eos_token_id)
     return rows
 
@@ -289,138 +229,180 @@ def _adds_bos(tokenizer, ids: list[int]) -> bool:
     return ids[0] == tokenizer.bos_token_id and tokenizer("")["input_ids"][:1] == ids[:1]
 
 
-def common_prefix(rows: list[list[int]]) -> int:
+def common_prefix(rows: Sequence[list[int]]) -> int:
     """How many leading ids all rows share."""
     low, high = min(rows), max(rows)  # all others lie between these two in dictionary order
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
 def tokenise(
-    comparisons: list[Comparison],
-    tokenizer,
-    counts: Counter,
-    *,
-    separator: str,
-    max_length: int,
-    overlong: str,
-    measured: bool = False,
-) -> Iterator[dict]:
-    """Groups (see the top of this file), prompt by prompt. `counts` gets kept, cut, and why others were dropped.
+    prompts: list[list[dict]], tokenizer, counts: list[Counter], *, max_length: int, overlong: str, keep: str = "worth"
+) -> Iterator[tuple[dict, list[tuple[dict, dict[int, int]]]]]:
+    """Groups (see the top of this file) of prompts, each a list of its examples, as TEXTS.
 
-    An over-long comparison loses the left end of its prompt (never BOS, the answers or EOS), as much as its longer
-    answer needs, so that both sides still follow the same text. Other comparisons of the prompt keep theirs whole:
-    they form a group of their own. An answer that is too long by itself is dropped, or, where every pair is to be
-    `measured`, cut before its EOS.
+    Yields a group, and for each of its examples where its completions are: {number in texts: index into completions}.
+    `counts`, one for each source, get kept, cut, and why others were dropped.
+
+    An over-long example loses the left end of its prompt (never BOS, the answers or EOS), as much as its longest answer
+    needs, so that all of them still follow the same text. Other examples of the prompt keep theirs whole: they form a
+    group of their own. An answer that is too long by itself is dropped with its comparisons, or, unless `keep` is
+    "worth", cut before its EOS.
     """
-    by_prompt: dict[str, list[Comparison]] = {}
-    for comparison in comparisons:
-        by_prompt.setdefault(prompt_key(comparison), []).append(comparison)
-    keys = list(by_prompt)
-    for first in tqdm(range(0, len(keys), CHUNK), desc="tokenising", unit=f"x{CHUNK} prompts", leave=False):
-        chunk = [by_prompt[key] for key in keys[first : first + CHUNK]]
-        texts = sorted({join(c.prompt, a, separator) for group in chunk for c in group for a in (c.chosen, c.rejected)})
-        ids_of = dict(zip(texts, encode(tokenizer, texts)))
-        for group in chunk:
-            by_cut: dict[int, list[tuple]] = {}
-            for comparison in group:
-                sides = [
-                    ids_of[join(comparison.prompt, a, separator)] for a in (comparison.chosen, comparison.rejected)
-                ]
-                if sides[0] == sides[1] and not measured:
-                    counts["dropped: same tokens"] += 1
-                    continue
-                cut, sides = fit(sides, comparison, tokenizer, counts, max_length, overlong, measured)
-                if sides:
-                    by_cut.setdefault(cut, []).append((comparison, sides))
-            counts["prompts"] += bool(by_cut)
-            for members in by_cut.values():
-                yield to_group(members, counts)
+    ids_of = {}
+    for chat in (False, True):
+        texts = sorted({text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"]})
+        ids_of |= {(chat, text): ids for text, ids in zip(texts, encode(tokenizer, texts, chat) if texts else ())}
+    for examples in prompts:
+        by_cut: dict[int, list[tuple]] = {}
+        for example in examples:
+            ids = [ids_of[example["chat"], text] for text in example["texts"]]
+            cut, ids, too_long = 0, dict(enumerate(ids)), 0
+            if max(map(len, ids.values())) > max_length:
+                cut, ids, too_long = fit(ids, example, tokenizer, max_length, overlong, keep)
+            own, pairs = counts[example["source"]], []
+            for chosen, rejected, margin in zip(example["chosen"], example["rejected"], example["margin"]):
+                if chosen not in ids or rejected not in ids:
+                    own[
+                        "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
+                    ] += 1
+                elif keep == "worth" and ids[chosen] == ids[rejected]:
+                    own["dropped: same tokens"] += 1
+                else:
+                    pairs.append((chosen, rejected, margin))
+            own["kept, prompt cut"] += len(pairs) * (cut > 0)
+            own["kept, answer cut"] += len(pairs) * too_long
+            if pairs or keep == "all":
+                by_cut.setdefault(cut, []).append((example, ids, pairs))
+        counts[examples[0]["source"]]["prompts"] += bool(by_cut)
+        total = sum(len(pairs) for members in by_cut.values() for *_, pairs in members)
+        for members in by_cut.values():
+            group, places = to_group(members, counts, every=keep == "all")
+            yield group | {"prompt_pairs": total}, places
 
 
-def fit(sides, comparison, tokenizer, counts, max_length, overlong, measured) -> tuple[int, list[list[int]]]:
-    """(tokens cut out of the prompt, the two texts of a comparison), the latter empty if it is dropped."""
-    longest = max(map(len, sides))
-    cut = longest - max_length
-    if cut <= 0:
-        return 0, sides
+def fit(
+    ids: dict[int, list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str
+) -> tuple[int, dict[int, list[int]], bool]:
+    """(tokens cut out of the prompt, the texts of the completions that fit then, whether an answer was cut as well)."""
+    longest = max(map(len, ids.values()))
     if overlong == "error":
         raise InputError(
-            f"{comparison.where}: {longest} tokens, --max_length is {max_length}; raise --max_length, or choose --overlong "
+            f"{example['where']}: {longest} tokens, --max_length is {max_length}; raise --max_length, or choose --overlong "
             "truncate or drop"
         )
     if overlong == "drop":
-        counts["dropped: longer than --max_length"] += 1
-        return 0, []
+        return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, False
     # The prompt ends where the ids stop being those of the prompt alone.
-    nothing, alone = encode(tokenizer, ["", comparison.prompt], eos=False)
+    chat, prompt = example["chat"], example["prompt"]
+    prompt = render(tokenizer, json.loads(prompt), example["where"]) if chat else prompt
+    nothing, alone = (encode(tokenizer, [text], chat, eos=False)[0] for text in ("", prompt))
+    sides = list(ids.values())
     # What the tokenizer puts before every text stays, BOS or more (GLM), and a BOS that the prompt brings along.
-    keep = common_prefix([nothing, alone, *sides]) or int(
-        alone[:1] == [tokenizer.bos_token_id] and sides[0][:1] == alone[:1]
+    start = common_prefix([nothing, alone, *sides]) or int(
+        alone[:1] == [tokenizer.bos_token_id] and all(side[:1] == alone[:1] for side in sides)
     )
-    room = common_prefix([alone, *sides]) - keep
-    if cut > room and not measured:
-        counts["dropped: answer alone longer than --max_length"] += 1
-        return 0, []
-    counts["kept, prompt cut"] += room > 0
-    counts["kept, answer cut"] += cut > room
-    cut = min(cut, room)
-    sides = [ids[:keep] + ids[keep + cut :] for ids in sides]
-    return cut, [ids if len(ids) <= max_length else ids[: max_length - 1] + ids[-1:] for ids in sides]
+    room = common_prefix([alone, *sides]) - start
+    if keep == "worth":
+        ids = {k: text for k, text in ids.items() if len(text) - room <= max_length}
+    cut = min(room, max([len(text) - max_length for text in ids.values()] + [0]))
+    ids = {k: text[:start] + text[start + cut :] for k, text in ids.items()}
+    short = {k: text if len(text) <= max_length else text[: max_length - 1] + text[-1:] for k, text in ids.items()}
+    return cut, short, short != ids
 
 
-def to_group(members: list[tuple[Comparison, list[list[int]]]], counts: Counter) -> dict:
-    """The comparisons of one prompt, each with the ids of its two texts -> one row of FEATURES."""
+def to_group(
+    members: list[tuple], counts: list[Counter], every: bool
+) -> tuple[dict, list[tuple[dict, dict[int, int]]]]:
+    """Members (example, {k: ids of its k-th text}, [(chosen, rejected, margin)]) of one prompt -> one row of FEATURES,
+    and where each example's texts are in it. Texts that are not compared are left out unless `every`."""
     index: dict[tuple, int] = {}
-    pairs = [[index.setdefault(tuple(ids), len(index)) for ids in sides] for _, sides in members]
+    places, pairs = [], []
+    for example, ids, compared in members:
+        wanted = ids if every else sorted({k for pair in compared for k in pair[:2]})
+        place = {k: index.setdefault(tuple(ids[k]), len(index)) for k in wanted}
+        places.append((example, place))
+        pairs += [(place[c], place[r], margin, example) for c, r, margin in compared]
     texts = [list(ids) for ids in index]
     # A text that is the beginning of another (its answer contains EOS), or equal, keeps its last token as completion.
     shared = min(common_prefix(texts), min(map(len, texts)) - 1)
     separate_tokens = sum(map(len, texts))
     shared_tokens = separate_tokens - shared * (len(texts) - 1)
-    lengths = [(len(texts[c]), len(texts[r])) for c, r in pairs]
-    counts["kept"] += len(members)
-    counts["shared tokens"] += shared_tokens
-    counts["separate tokens"] += separate_tokens
-    counts["longer answer chosen"] += sum(c > r for c, r in lengths)
-    counts["shorter answer chosen"] += sum(c < r for c, r in lengths)
-    counts["longest"] = max(counts["longest"], *map(len, texts))
-    counts["largest id"] = max(counts["largest id"], *map(max, texts))
-    return {
+    for chosen, rejected, _, example in pairs:
+        own, longer = counts[example["source"]], len(texts[chosen]) - len(texts[rejected])
+        own["kept"] += 1
+        own["longer answer chosen"] += longer > 0
+        own["shorter answer chosen"] += longer < 0
+    own = counts[members[0][0]["source"]]
+    own["shared tokens"] += shared_tokens
+    own["separate tokens"] += separate_tokens
+    own["longest"] = max(own["longest"], *map(len, texts))
+    own["largest id"] = max(own["largest id"], *map(max, texts))
+    group = {
         "prefix": texts[0][:shared],
         "completions": [ids[shared:] for ids in texts],
-        "chosen": [c for c, _ in pairs],
-        "rejected": [r for _, r in pairs],
-        "margin": [comparison.margin or 0.0 for comparison, _ in members],
-        "subset": [comparison.subset for comparison, _ in members],
-        "pairs": len(members),
+        "chosen": [c for c, *_ in pairs],
+        "rejected": [r for _, r, *_ in pairs],
+        "margin": [margin for *_, margin, _ in pairs],
+        "subset": [example["subset"] for *_, example in pairs],
+        "source": [example["source"] for *_, example in pairs],
+        "pairs": len(pairs),
         "shared_tokens": shared_tokens,
-        "separate_tokens": separate_tokens,
     }
-
-
-FEATURES = datasets.Features(
-    {
-        "prefix": datasets.List(datasets.Value("int32")),
-        "completions": datasets.List(datasets.List(datasets.Value("int32"))),
-        "chosen": datasets.List(datasets.Value("int32")),
-        "rejected": datasets.List(datasets.Value("int32")),
-        "margin": datasets.List(datasets.Value("float32")),
-        "subset": datasets.List(datasets.Value("string")),
-        "pairs": datasets.Value("int32"),
-        "shared_tokens": datasets.Value("int32"),  # prefix computed once
-        "separate_tokens": datasets.Value("int32"),  # prefix computed with every completion
-    }
-)
+    return group, places
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it, once
 
 
+class Texts(NamedTuple):
+    rows: datasets.Dataset  # TEXTS
+    keys: Tensor  # [N] int64: equal for examples of the same prompt
+    report: list[dict]  # of each source
+
+
+def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str) -> Texts:
+    """All examples of some sources, as a file beside which only their keys are in memory."""
+    keys, report = array("q"), [{"source": source, "read": 0} for source in sources]
+    with ArrowWriter(path=str(path), features=TEXTS) as writer:
+        for number, source in enumerate(sources):
+            examples = read_texts(source, tokenizer, separator, report[number], keep, number)
+            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False):
+                keys.append(prompt_key(example))
+                writer.write(example)
+        writer.finalize()
+    return Texts(datasets.Dataset.from_file(str(path)), torch.tensor(keys, dtype=torch.int64), report)
+
+
+def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
+    """Some prompts at a time, each a list of its examples; in the order in which prompts first occur.
+
+    chosen: [N] bool, which examples.
+    """
+    rows = chosen.nonzero().flatten()
+    _, prompt = texts.keys[rows].unique(return_inverse=True)
+    place = torch.arange(len(rows))
+    first = torch.full_like(place, len(rows)).scatter_reduce_(0, prompt, place, "amin")[prompt]
+    order = first.argsort(stable=True)
+    bounds = [0, *((first[order].diff() != 0).nonzero().flatten() + 1).tolist(), len(rows)]
+    for start in tqdm(range(0, len(bounds) - 1, CHUNK), desc="tokenising", unit=f"x{CHUNK} prompts", leave=False):
+        here = bounds[start : start + CHUNK + 1]
+        columns = texts.rows[rows[order[here[0] : here[-1]]].tolist()]
+        examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        yield [examples[a - here[0] : b - here[0]] for a, b in pairwise(here)]
+
+
+def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
+    """[N] keys of prompts -> [N] bool: `fraction` of the distinct ones, at least one. The same on every rank."""
+    distinct = keys.unique()
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+    return torch.isin(keys, distinct[order[: max(1, round(fraction * len(distinct)))]])
+
+
 def prepare(
     tokenizer,
-    train_data: str,
-    eval_data: str | None = None,
+    train_data: Sequence[str],
+    eval_data: Sequence[str] = (),
     *,
     eval_fraction: float = 0.05,
     separator: str = "\n",
@@ -434,32 +416,23 @@ def prepare(
     Without `eval_data`, `eval_fraction` of the prompts is held out, each with all its comparisons.
     Raises InputError for bad data, and if nothing is left to train or to evaluate on.
     """
-    if overlong not in ("truncate", "drop", "error"):
-        raise InputError(f"--overlong must be truncate, drop or error, got {overlong!r}")
     if not eval_data and not 0 < eval_fraction < 1:
         raise InputError(f"--eval_fraction must lie between 0 and 1, got {eval_fraction}")
-    if not 0 < max_length:
-        raise InputError(f"--max_length must be positive, got {max_length}")
-    rules = {"separator": separator, "max_length": max_length, "overlong": overlong}
-    arguments = [rules, *([] if eval_data else [eval_fraction, seed])]
-    sources = [fingerprint(source) for source in (train_data, eval_data) if source]
-    state = [Path(__file__).read_text(), tokenizer_state(tokenizer), arguments, sources]
+    rules = {"max_length": max_length, "overlong": overlong}
+    sources = {"train": [*map(fingerprint, train_data)], "eval": [*map(fingerprint, eval_data)]}
+    code = "".join(Path(module).read_text() for module in (__file__, schemas.__file__))
+    arguments = [rules, separator, *([] if eval_data else [eval_fraction, seed])]
+    state = [code, tokenizer_state(tokenizer), arguments, sources, [*train_data], [*eval_data]]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
         temporary = folder.with_name(f"{key}.{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
         try:
-            counts = {"train": Counter(), "eval": Counter()}
-            parts = read_parts(train_data, eval_data, eval_fraction, seed, counts)
-            for part, comparisons in parts.items():
-                measured = part == "eval" and bool(eval_data)
-                groups = tokenise(comparisons, tokenizer, counts[part], measured=measured, **rules)
-                with ArrowWriter(path=str(temporary / f"{part}.arrow"), features=FEATURES) as writer:
-                    for group in groups:
-                        writer.write(group)
-                    writer.finalize()
-            (temporary / "report.json").write_text(json.dumps(counts))
+            report = write_groups(temporary, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules)
+            (temporary / "report.json").write_text(json.dumps(report))
+            for path in temporary.glob("*.texts"):
+                path.unlink()
             os.replace(temporary, folder)  # a killed run leaves no half cache behind
         except OSError:
             if not folder.is_dir():  # else another process was faster, with the same result
@@ -467,35 +440,72 @@ def prepare(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
-    for part, source in (("train", train_data), ("eval", eval_data or train_data)):
-        if not report[part].get("kept"):
-            left_out = ((n, why) for why, n in report[part].items() if why.startswith(("dropped", "held out")))
+    for part, named in (("train", train_data), ("eval", eval_data or train_data)):
+        total = totals(report[part])
+        if not total["kept"]:
+            left_out = ((n, why) for why, n in total.items() if why.startswith(("dropped", "held out")))
             why = ", ".join(f"{n:,} {why}" for n, why in left_out if n) or "no rows"
             raise InputError(
-                f"{source}: nothing left to {part} on: {report[part].get('read', 0):,} comparisons read; {why}"
+                f"{', '.join(named)}: nothing left to {part} on: {total['read']:,} comparisons read; {why}"
             )
     parts = [datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")]
     return Prepared(*parts, report, sources)
 
 
-def read_parts(train_data, eval_data, eval_fraction, seed, counts) -> dict[str, list[Comparison]]:
-    """The comparisons to train and to evaluate on; `counts["train"]`, `counts["eval"]` as `read_comparisons` does."""
-    train = list(
-        tqdm(read_comparisons(train_data, counts["train"]), f"reading {train_data}", unit=" pairs", leave=False)
-    )
+def write_groups(
+    folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules
+) -> dict[str, list[dict]]:
+    """train.arrow and eval.arrow in a folder; returns the report."""
+    train = store(folder / "train.texts", train_data, tokenizer, separator, "worth")
     if eval_data:
-        held_out = list(read_comparisons(eval_data, counts["eval"], measured=True))
-        seen = {prompt_key(comparison) for comparison in train}
-        counts["eval"]["prompt also in the training data"] = sum(prompt_key(c) in seen for c in held_out)
-        return {"train": train, "eval": held_out}
-    prompts = hold_out(map(prompt_key, train), eval_fraction, seed)
-    held_out = [comparison for comparison in train if prompt_key(comparison) in prompts]
-    counts["train"]["held out"] = counts["eval"]["read"] = len(held_out)
-    return {"train": [c for c in train if prompt_key(c) not in prompts], "eval": held_out}
+        held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled")
+        picked = {"train": torch.ones_like(train.keys) > 0, "eval": torch.ones_like(held_out.keys) > 0}
+        for source, n in compared(held_out, torch.isin(held_out.keys, train.keys)).items():
+            held_out.report[source]["prompt also in the training data"] = n
+    else:
+        out = hold_out(train.keys, eval_fraction, seed)
+        picked = {"train": ~out, "eval": out}
+        held_out = Texts(train.rows, train.keys, [{"source": "held out", "read": 0}] * len(train_data))
+        for source, n in compared(train, out).items():
+            train.report[source]["held out"] = n
+            held_out.report[0]["read"] += n
+    report = {}
+    for part, texts in (("train", train), ("eval", held_out)):
+        keep = "labelled" if part == "eval" and eval_data else "worth"
+        counts = [Counter() for _ in texts.report] if texts is train or eval_data else [Counter()] * len(texts.report)
+        with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES) as writer:
+            for prompts in by_prompt(texts, picked[part]):
+                for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules):
+                    writer.write(group)
+            writer.finalize()
+        whole = [row | own for row, own in zip(texts.report, counts)]
+        report[part] = whole if texts is train or eval_data else whole[:1]
+    return report
+
+
+def compared(texts: Texts, chosen: Tensor) -> Counter:
+    """{number of a source: comparisons} among the chosen [N] bool examples."""
+    columns = texts.rows.select_columns(["source", "chosen"])[chosen.nonzero().flatten().tolist()]
+    count: Counter = Counter()
+    for source, pairs in zip(columns["source"], columns["chosen"]):
+        count[source] += len(pairs)
+    return count
+
+
+def totals(report: Iterable[dict]) -> Counter:
+    """The counts of all sources of a part in one."""
+    total: Counter = Counter()
+    for row in report:
+        for name, value in row.items():
+            if name in ("longest", "largest id"):
+                total[name] = max(total[name], value)
+            elif isinstance(value, int):
+                total[name] += value
+    return total
 
 
 def tokenizer_state(tokenizer) -> str:
     """All that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
-    return f"{rules} {tokenizer.bos_token} {tokenizer.eos_token}"
+    rules: Any = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+    return f"{rules} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from minirm.data import InputError, one_line
+from minirm.data import set_chat_template
+from minirm.sources import InputError, one_line
 
 PAD_TOKEN = "<|pad|>"  # added where the tokenizer has no pad token of its own
 
@@ -54,8 +55,10 @@ def init_head(hidden_size: int, seed: int) -> Tensor:
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
-def load_config(name: str):
+def load_config(name: str, chat_template: str | None = None):
     """(config, tokenizer) of a model folder or name, ready for a reward model: one label, a pad token that is not EOS.
+
+    chat_template: a file, in place of the tokenizer's own.
 
     Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
     """
@@ -95,6 +98,7 @@ def load_config(name: str):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
+    set_chat_template(tokenizer, chat_template)
     config.pad_token_id = tokenizer.pad_token_id
     # Many models have more embeddings than tokens, so that a new pad token needs no new one.
     config.vocab_size = max(config.vocab_size, tokenizer.pad_token_id + 1)

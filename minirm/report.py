@@ -1,8 +1,10 @@
 """What a person reads when a run starts: what became of the data, what is frozen, and one pair as the model sees it."""
 
+from pathlib import Path
+
 from torch import nn
 
-from minirm.data import Prepared, common_prefix
+from minirm.data import Prepared, common_prefix, totals
 from minirm.freeze import Frozen
 from minirm.rows import Batch
 
@@ -29,39 +31,41 @@ def start_report(
     )
 
 
-def data_table(report: dict, row_layout: str) -> str:
-    """Comparisons read, dropped and kept; tokens; and how far mere length would get."""
-    parts = [report["train"], report["eval"]]
-    lines = [("comparisons", "train", "held out")]
+def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
+    """Comparisons read, dropped and kept, a column for each source; tokens; and how far mere length would get."""
+    parts = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
+    counts = [totals([row]) for _, row in parts]
+    lines = [("comparisons", *(part for part, _ in parts))]
+    if len(parts) > 2:
+        lines.append(("", *(Path(row["source"]).name[:24] if "schema" in row else "" for _, row in parts)))
 
     def line(name: str, key: str | None = None) -> None:
-        values = [part.get(key or name, 0) for part in parts]
+        values = [count[key or name] for count in counts]
         if any(values) or name in ("read", "kept"):
             lines.append((name, *(f"{value:,}" for value in values)))
 
     line("read")
     line("held out")
-    for reason in sorted({key for part in parts for key in part if key.startswith("dropped")}):
+    for reason in sorted({key for count in counts for key in count if key.startswith("dropped")}):
         line(reason)
     line("kept")
     line("of them with the prompt cut", "kept, prompt cut")
     line("of them with an answer cut", "kept, answer cut")
     line("of them with a prompt of the training data", "prompt also in the training data")
     line("prompts")
-    tokens = [(part["shared tokens"], part["separate tokens"]) for part in parts]
-    lines.append(("tokens, each answer with its prompt", *(f"{separate:,}" for _, separate in tokens)))
+    line("tokens, each answer with its prompt", "separate tokens")
     if row_layout == "shared":
-        lines.append(("tokens, each prompt once", *(f"{shared:,}" for shared, _ in tokens)))
-        lines.append(("saved", *(f"{1 - shared / separate:.1%}" for shared, separate in tokens)))
+        line("tokens, each prompt once", "shared tokens")
+        saved = (1 - count["shared tokens"] / max(1, count["separate tokens"]) for count in counts)
+        lines.append(("saved", *(f"{share:.1%}" for share in saved)))
     for which in ("longer", "shorter"):
-        lines.append(
-            (
-                f"the {which} answer is the chosen one",
-                *(f"{p[f'{which} answer chosen'] / p['kept']:.1%}" for p in parts),
-            )
-        )
-    width = max(len(name) for name, *_ in lines)
-    return "\n".join(f"{name:<{width}}  {a:>12}  {b:>12}" for name, a, b in lines)
+        shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)
+        lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
+    width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
+    schemas = [f"{part}: {row['source']}, read as {row['schema']}" for part, row in parts if "schema" in row]
+    return "\n".join(
+        [*schemas, "", *(f"{name:<{width}}" + "".join(f"  {c:>{wide}}" for c in cells) for name, *cells in lines)]
+    )
 
 
 def freeze_line(model: nn.Module, frozen: Frozen) -> str:
@@ -92,6 +96,7 @@ def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
 
 def model_card(args, report: dict, result: dict) -> str:
     """README.md of a trained model: what it is, what it was trained on, how good it is, how to load it."""
+    counts = totals(report["train"])
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
@@ -107,7 +112,7 @@ anything. Trained with minirm from `{args.model}`.
 | --- | --- |
 | held-out accuracy | {result["eval_accuracy"]:.4f} on {result["eval_pairs"]:,} pairs ({result["eval_ties"]} ties, counted as wrong) |
 | held-out loss | {result["eval_loss"]:.4f} |
-| trained on | {report["train"]["kept"]:,} pairs, {report["train"]["prompts"]:,} prompts, {result["step"]:,} optimizer steps |
+| trained on | {counts["kept"]:,} pairs, {counts["prompts"]:,} prompts, {result["step"]:,} optimizer steps |
 | recipe | `--loss {args.loss} --freeze_ratio {args.freeze_ratio} --learning_rate {args.learning_rate}` in {args.precision} |
 
 The reward is read at the EOS token, so end every text with it:

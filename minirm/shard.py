@@ -15,8 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from minirm.data import InputError
 from minirm.freeze import find_blocks
+from minirm.sources import InputError
 
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
 START_TIMEOUT = timedelta(hours=24)  # the same while one rank prepares the data

@@ -39,10 +39,11 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from minirm import attention, rows
-from minirm.data import InputError, one_line, tokenizer_state
+from minirm.data import tokenizer_state, totals
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel
 from minirm.rows import Batch
+from minirm.sources import InputError, one_line
 
 PARTIAL = ".partial"
 STALE_SECONDS = 3600  # a partial file older than this is one of a run that was killed
@@ -165,7 +166,7 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         raise InputError(
             "--cache_trunk: with --train_embeddings the frozen layers' outputs change; choose one of the two"
         )
-    rest = {"chosen": [], "rejected": [], "margin": [], "subset": []}
+    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
     batches = [  # of two rows, the second one padded
         rows.collate([{"prefix": ids, "completions": [[9, 10, 11], [12]], **rest}], row_layout="separate", pad_id=0, row_limit=9)
         for ids in ([5, 6, 7], [8, 20, 21])
@@ -246,8 +247,8 @@ def open_folder(
     except OSError as error:
         line = f"--cache_trunk {args.cache_trunk}: cannot be written ({error.strerror}); choose another folder"
         raise InputError(line) from None
-    tokens = sum(part[f"{layout} tokens"] for part in report.values())
-    files = sum(part["prompts"] for part in report.values())
+    counts = totals(report["train"] + report["eval"])
+    tokens, files = counts[f"{layout} tokens"], counts["prompts"]
     width, itemsize = config.get_text_config().hidden_size, 4 if args.precision == "fp32" else 2
     needed = tokens * width * itemsize + files * (BLOCK // 2 + 200)  # half a block is lost at the end of a file
     sizes = (

@@ -1,0 +1,147 @@
+"""Rows out of files and datasets, each with the place where it stands, and errors that name it."""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from minirm.schemas import shown
+
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
+
+
+def read_rows(source: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) for every row of a file or dataset; `where` is "file:line" for an error message.
+
+    JSON and CSV are read line by line here, not by `datasets`, which infers one type for a column and so cannot tell
+    in which line a wrong one stands, turns the CSV answer "NA" into nothing, and stumbles over columns not needed.
+    """
+    path = Path(source)
+    if path.suffix in (".csv", ".json", ".jsonl"):
+        reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}[path.suffix]
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            try:
+                yield from reader(source, file)
+            except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
+                line = _first_line_not_utf8(path)
+                raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    else:
+        rows, number = iter(_load(source)), 1
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
+                raise InputError(f"{source}, row {number}: cannot be read ({one_line(error)})") from None
+            if row is None:
+                return
+            yield f"{source}, row {number}", row
+            number += 1
+
+
+def _first_line_not_utf8(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(f"{path} was changed while it was being read")
+
+
+def _read_csv(source, file):
+    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
+    reader = csv.DictReader(file, strict=True)
+    try:
+        if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
+            raise InputError(f"{source}:1: the column {shown(twice[0])} stands there twice; which one counts?")
+        for row in reader:
+            if None in row:  # a comma in a text without quotes: the text would end there without a word
+                raise InputError(
+                    f"{source}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
+                    f"{len(reader.fieldnames)} column names; put texts with commas in double quotes"
+                )
+            yield f"{source}:{reader.line_num}", row
+    except csv.Error as error:
+        # Where the row begins: the line behind the last good row.
+        raise InputError(f"{source}:{reader.line_num + 1}: not CSV ({error})") from None
+
+
+def _read_json(source, file):
+    while (character := file.read(1)).isspace():
+        pass
+    file.seek(0)
+    if character != "[":  # many .json files hold one object a line
+        yield from _read_json_lines(source, file)
+        return
+    text = file.read()
+    try:
+        rows = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
+        raise InputError(f"{source}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
+    yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _read_json_lines(source, file):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
+                ) from None
+            yield f"{source}:{number}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object. The parser itself would let the last of two equal names win without a word."""
+    if len(row := dict(pairs)) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{shown(twice)} stands twice in one object")
+    return row
+
+
+def _load(source: str) -> datasets.Dataset:
+    """A Parquet file, or a dataset by name or name:split."""
+    name, _, split = source.partition(":")
+    try:
+        if Path(source).suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=source, split="train")
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # noqa: BLE001 - the hub client's and pyarrow's own, many kinds; nothing of ours
+        raise InputError(
+            f"{source}: neither a {', '.join(FILE_TYPES)} file nor a dataset that can be loaded ({one_line(error)})"
+        ) from None
+
+
+def fingerprint(source: str) -> str:
+    """Changes when the data does. Raises InputError if there is no such file or dataset."""
+    if Path(source).suffix not in FILE_TYPES:
+        return _load(source)._fingerprint
+    try:
+        return file_digest(Path(source))
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file. hashlib has this from Python 3.11 on."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def one_line(error: Exception | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
