@@ -1,13 +1,15 @@
 """Preference data as it is published: which columns mean what.
 
 A schema is recognised from the columns of the first row, and every row becomes an Example. To add one, write a function
-of a few lines, row -> Example, and enter it in SCHEMAS. What it raises as ValueError is shown with file and line.
+of a few lines, row -> Example, and enter it in SCHEMAS. An InputError it raises is shown with file and line.
 """
 
 import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from minirm.sources import InputError, shown
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
@@ -29,19 +31,19 @@ class Schema(NamedTuple):
 
 
 def recognise(row: Any) -> Schema:
-    """The schema of a file by its first row. Raises ValueError if none fits, or two."""
+    """The schema of a file by its first row. Raises InputError if none fits, or two."""
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object with the columns chosen and rejected, got {shown(row)}")
+        raise InputError(f"expected an object with the columns chosen and rejected, got {shown(row)}")
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"
-        raise ValueError(
+        raise InputError(
             f"no column '{missing}'; expected prompt (optional), chosen, rejected, or the columns of another schema that "
             f"README names; found {', '.join(map(str, row)) or 'none'}"
         )
     if len(fits) > 1:
         both = " as well as ".join(f"{schema.name} ({', '.join(schema.columns.split())})" for schema in fits)
-        raise ValueError(f"the columns fit {both}; leave out those of one of them")
+        raise InputError(f"the columns fit {both}; leave out those of one of them")
     return fits[0]
 
 
@@ -64,7 +66,7 @@ def chosen_rejected(row: dict) -> Example:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     margin = None if row.get("margin") in (None, "") else _number(row, "margin")
     if margin is not None and margin < 0:
-        raise ValueError(f"'margin' must be finite and not negative, got {margin}; swap the two answers")
+        raise InputError(f"'margin' must be finite and not negative, got {margin}; swap the two answers")
     if _is_transcript(row):
         return _comparison(*_split_transcripts(chosen, rejected), margin)
     if row.get("score_chosen") is not None and row.get("score_chosen") == row.get("score_rejected"):
@@ -76,7 +78,7 @@ def summarize_from_feedback(row: dict) -> Example:
     """The prompt is written as in openai_summarize_comparisons, so that one model serves both."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
-        raise ValueError("expected an object in 'info' and two objects with a 'text' in 'summaries'")
+        raise InputError("expected an object in 'info' and two objects with a 'text' in 'summaries'")
     if info.get("post"):
         head = [f"SUBREDDIT: r/{info['subreddit']}"] if info.get("subreddit") else []
         head += [f"TITLE: {info['title']}"] if info.get("title") else []
@@ -101,7 +103,7 @@ def shp(row: dict) -> Example:
     answers = [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
     ratio = None if row.get("score_ratio") is None else _number(row, "score_ratio")
     if ratio is not None and ratio < 1:
-        raise ValueError(f"'score_ratio' must be 1 or more, got {ratio}")
+        raise InputError(f"'score_ratio' must be 1 or more, got {ratio}")
     margin = None if ratio is None else math.log(ratio)
     return _comparison(_text(row, "history"), _in_order(answers, first=_choice(row, "labels", 0, 1) == 1), margin)
 
@@ -133,18 +135,18 @@ def arena(row: dict) -> Example:
         return _comparison(prompt, _in_order(sides, first=winner == "model_a"))
     if "tie" in winner or winner == "both_bad":
         return _comparison(prompt, sides)._replace(pairs=[], ties=1)
-    raise ValueError(f"the winner must be model_a, model_b or a tie, got {shown(winner)}")
+    raise InputError(f"the winner must be model_a, model_b or a tie, got {shown(winner)}")
 
 
 def ranked(row: dict) -> Example:
     """Every ordered pair. Best first, unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
     if not isinstance(row["completions"], list) or not row["completions"]:
-        raise ValueError(f"'completions' must be a list of answers, got {shown(row['completions'])}")
+        raise InputError(f"'completions' must be a list of answers, got {shown(row['completions'])}")
     texts = [_text({"completions": text}, "completions") for text in row["completions"]]
     column = next((name for name in ("scores", "rank") if row.get(name) is not None), None)
     values = row[column] if column else range(len(texts))
     if column and (not isinstance(values, list) or len(values) != len(texts)):
-        raise ValueError(f"'{column}' must be a list of {len(texts)} numbers, one a completion, got {shown(values)}")
+        raise InputError(f"'{column}' must be a list of {len(texts)} numbers, one a completion, got {shown(values)}")
     if column:
         sign = -1 if column == "scores" else 1
         values = [sign * _number({column: value}, column) for value in values]
@@ -226,27 +228,27 @@ def _first(row: dict, *names: str) -> tuple[str, Any]:
 
 
 def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
-    """A string, or a list of messages with role and content. Raises ValueError for anything else."""
+    """A string, or a list of messages with role and content. Raises InputError for anything else."""
     if column not in row and not optional:
         found = ", ".join(str(name) for name in row) or "none"
-        raise ValueError(f"no column '{column}'; found {found}")
+        raise InputError(f"no column '{column}'; found {found}")
     value = row.get(column)
     if value is None and optional:
         return ""
     if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
         return [{"role": _string(m.get("role"), "role"), "content": _content(m.get("content"))} for m in value]
     if isinstance(value, list):
-        raise ValueError(f"'{column}' must be a string or a list of messages with role and content, got {shown(value)}")
+        raise InputError(f"'{column}' must be a string or a list of messages with role and content, got {shown(value)}")
     return _string(value, column)
 
 
 def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"'{column}' must be a string, got {shown(value)}")
+        raise InputError(f"'{column}' must be a string, got {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise ValueError(f"'{column}' is not valid Unicode ({error})") from None
+        raise InputError(f"'{column}' is not valid Unicode ({error})") from None
     return value
 
 
@@ -264,9 +266,9 @@ def _number(row: dict, column: str) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"'{column}' must be a number, got {shown(value)}") from None
+        raise InputError(f"'{column}' must be a number, got {shown(value)}") from None
     if not math.isfinite(number):
-        raise ValueError(f"'{column}' must be finite and not negative, got {number}" if column == "margin" else
+        raise InputError(f"'{column}' must be finite and not negative, got {number}" if column == "margin" else
                          f"'{column}' must be finite, got {number}")  # fmt: skip
     return number
 
@@ -274,7 +276,7 @@ def _number(row: dict, column: str) -> float:
 def _choice(row: dict, column: str, *allowed: int) -> int:
     value = row.get(column)
     if str(value) not in map(str, allowed) or isinstance(value, bool):
-        raise ValueError(f"'{column}' must be {' or '.join(map(str, allowed))}, got {shown(value)}")
+        raise InputError(f"'{column}' must be {' or '.join(map(str, allowed))}, got {shown(value)}")
     return int(value)
 
 
@@ -290,11 +292,6 @@ def _parsed(value: Any) -> Any:
 
 def _turns(questions: list, answers: Any) -> Messages:
     if not isinstance(answers, list) or len(answers) != len(questions):
-        raise ValueError(f"{len(questions)} questions in 'prompt' need as many answers, got {shown(answers)}")
+        raise InputError(f"{len(questions)} questions in 'prompt' need as many answers, got {shown(answers)}")
     roles = ("user", "assistant")
     return [{"role": r, "content": text or ""} for turn in zip(questions, answers) for r, text in zip(roles, turn)]
-
-
-def shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

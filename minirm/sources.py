@@ -10,8 +10,6 @@ from typing import Any
 
 import datasets
 
-from minirm.schemas import shown
-
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -145,3 +143,8 @@ def file_digest(path: Path) -> str:
 def one_line(error: Exception | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
