@@ -287,7 +287,7 @@ def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path)
 
 def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
     """With right digests, but other contents: nothing of it may end in a traceback."""
-    from minirm.data import file_digest
+    from minirm.sources import file_digest
 
     for number, change in enumerate(
         [
