@@ -90,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at start and end")
     add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints; 0: only when stopped by a signal")
     add("--save_total_limit", type=int, default=1, help="checkpoints kept, the newest; 0: all")
+    add("--keep", default="best", choices=["best", "last"],
+        help="export the model of the evaluation with the lowest eval_loss, that of step 0 aside, or the last one")
     add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
@@ -114,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
+        "--keep": args.eval_steps == 0,
     }  # fmt: skip
     for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in (argv or sys.argv)]:
         print0(f"train.py: warning: {flag} has no effect beside the other flags")
@@ -227,8 +230,9 @@ def train(args: argparse.Namespace) -> None:
     )
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # disabled: every call passes through
+    kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
     if run.checkpoint:
-        checkpoint.load(run.checkpoint, trained, optimizer, patient)
+        kept = checkpoint.load(run.checkpoint, run.state, trained, optimizer, args.keep, patient)
         scaler.load_state_dict(run.state["scaler"])
         # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
         moved = run.state["schedule_steps"]
@@ -291,11 +295,20 @@ def train(args: argparse.Namespace) -> None:
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0 or step == total_steps
 
+    def measure(step: int) -> None:
+        """Evaluates, and keeps what is best so far."""
+        nonlocal result, best
+        log(result := evaluate(step))
+        if step and result["eval_loss"] < best.get("eval_loss", math.inf):
+            best = result
+            if args.keep == "best":
+                kept.update(checkpoint.copies(trained))
+
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
     caught = checkpoint.catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
-        log(result := evaluate(start))
+        measure(start)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
     before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 7)[rank::world_size].sum(dim=0)
     sums = before[:3].to(device)  # loss, correct, reward margin
@@ -361,15 +374,14 @@ def train(args: argparse.Namespace) -> None:
             since = time.perf_counter()
         paused = time.perf_counter()
         if due(args.eval_steps, step) and not stop:
-            log(result := evaluate(step))
-            best = min(best or result, result, key=lambda row: row["eval_loss"])
+            measure(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
                 "seconds": paused - since, "sums": torch.cat([sums.cpu(), seen]), "result": result, "best": best,
                 "recipe": run.recipe, "processes": world_size, "arguments": vars(args),
             }  # fmt: skip
-            line = checkpoint.save(output, state, trained, optimizer, args.save_total_limit, patient)
+            line = checkpoint.save(output, state, trained, optimizer, kept, args.save_total_limit, patient)
             if rank == 0:
                 bar.write(line)
         if stop:
@@ -382,20 +394,27 @@ def train(args: argparse.Namespace) -> None:
     checkpoint.release_signals()
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
+    last, result = result, best if kept else result
+    with torch.no_grad():
+        for name, copy in kept.items():
+            trained[name].copy_(copy)
     state = shard.gather(model, dtype)
 
     def write_model() -> None:
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
             export(state, config, tokenizer, output)
-            (output / "README.md").write_text(model_card(args, data.report, result))
+            (output / "README.md").write_text(model_card(args, data.report, result, last))
             checkpoint.finish(output, total_steps)
 
     shard.on_first_process(patient, write_model)
     if rank == 0:
-        print(
-            f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs; the model is in {output}, load "
-            "it with AutoModelForSequenceClassification.from_pretrained"
-        )
+        line = f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs"
+        if result["step"] < last["step"]:
+            line += (
+                f" at step {result['step']}, where the loss was lowest with {result['eval_loss']:.4f} (at the last step, "
+                f"{last['step']}: {last['eval_accuracy']:.4f} with {last['eval_loss']:.4f})"
+            )
+        print(f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained")
 
 
 def main(argv: list[str] | None = None) -> int:

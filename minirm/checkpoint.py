@@ -1,6 +1,7 @@
 """A run is never lost: checkpoints, resuming, stopping.
 
-    checkpoint-<step>/   shard-*.safetensors   trained parameters and the optimizer's state, a file per process
+    checkpoint-<step>/   shard-*.safetensors   trained parameters, the optimizer's state and, as `best.*`, the parameters
+                                               at the best evaluation if that was an earlier one; a file per process
                          checkpoint.json       all else that an exact resume needs, readable
                          SHA256SUMS            of the files above, as `sha256sum -c` takes it
     run.json             what is being trained on what, written before the first step; at the end, that it is finished
@@ -44,7 +45,7 @@ PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may b
 # compared by content, so that they may move; batch size and accumulation by their product with the processes.
 FREE = {
     "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
-    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
+    "save_total_limit", "keep", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 # What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
@@ -143,6 +144,13 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
         raise InputError(
             f"--output_dir {output} holds a run that has got further than {folder}, or is another one; leave "
             "--resume_from_checkpoint away to go on with it, or choose another --output_dir"
+        )
+
+    earlier = state and state["best"].get("step", state["step"]) != state["step"]
+    if earlier and args.keep == "best" and state["arguments"]["keep"] == "last":
+        raise InputError(
+            f"{folder} was written under --keep last and lacks the model of step {state['best']['step']}, the best so far; go "
+            "on with --keep last, or choose another --output_dir to begin anew"
         )
 
     saved = state or record
@@ -257,25 +265,32 @@ def finish(output: Path, step: int) -> None:
 # Writing and reading
 
 
-def tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen, nothing that a flag decides.
+def copies(trained: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """(name, copy on the CPU) of each parameter, one after the other; of a sharded one this process's shard."""
+    return ((name, p.detach().to("cpu", copy=True)) for name, p in trained.items())
+
+
+def tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict) -> dict[str, Tensor]:
+    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen. best: `copies` or {}.
 
     Not by `get_state_dict`, which makes an optimizer that has not moved yet (fp16 skips its first steps) take a step.
     """
     state = {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
+    state |= {f"best.{name}": copy for name, copy in best.items()}
     return {f"model.{name}": p.detach() for name, p in trained.items()} | state
 
 
-def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, limit: int, group) -> str:
+def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict, limit: int, group) -> str:
     """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
 
+    best: `copies` as of state["best"], or {}; not written where they are the parameters of this very step.
     state["sums"]: [7] fp64 on the CPU, of this process; the rest, as in START and more, is the same on all of them.
     Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
     """
     start = time.perf_counter()
     final = output / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + PARTIAL)
-    kept = tensors(trained, optimizer)
+    kept = tensors(trained, optimizer, {} if state["best"].get("step") == state["step"] else best)
     sums = [torch.empty_like(state["sums"]) for _ in range(dist.get_world_size())]
     dist.all_gather(sums, state["sums"], group=group)
     state = state | {"sums": [of_rank.tolist() for of_rank in sums]}
@@ -381,7 +396,8 @@ def verify(folder: Path) -> dict:
             raise ValueError(f"{', '.join(sorted(weights ^ set(state['files'])))} should not be there, or be there")
         if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
             raise ValueError(f"{STATE} has no {', '.join(wrong)}")
-        state["recipe"]["prompts a step"], state["processes"], state["result"]["step"]
+        state["recipe"]["prompts a step"], state["processes"], state["arguments"]["keep"]
+        [0.0 + row["step"] + row["eval_loss"] for row in (state["result"], state["best"] or state["result"])]
         torch.tensor(state["sums"], dtype=torch.float64).view(-1, 7)
         return state
     except OSError as error:
@@ -390,8 +406,13 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
 
 
-def load(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, group) -> None:
-    """Fills trained parameters and optimizer, in place, on any number of processes. All of them have to call it."""
+def load(folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, keep: str, group) -> dict[str, Tensor]:
+    """Fills trained parameters and optimizer, in place, on any number of processes. All of them have to call it.
+
+    Returns the parameters as of state["best"] as `copies` does, {} under keep = "last". Raises InputError if it cannot.
+    """
+    best = dict(copies(trained)) if keep == "best" and state["best"] else {}  # to be filled
+    own = state["best"].get("step") == state["step"]
     reader = HuggingFaceStorageReader(str(folder))
     try:
         sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}
@@ -400,9 +421,10 @@ def load(folder: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.
             for key in [key for key in sizes if key.startswith(prefix)]:
                 like = torch.zeros_like(p) if sizes[key] == p.shape else torch.zeros(sizes[key])
                 optimizer.state[p][key.removeprefix(prefix)] = like
-        dcp.load(tensors(trained, optimizer), storage_reader=reader, process_group=group)
+        dcp.load(tensors(trained, optimizer, {} if own else best), storage_reader=reader, process_group=group)
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be loaded ({one_line(_cause(error))})") from None
+    return dict(copies(trained)) if best and own else best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,8 +94,17 @@ def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
     return "\n".join(lines)
 
 
-def model_card(args, report: dict, result: dict) -> str:
-    """README.md of a trained model: what it is, what it was trained on, how good it is, how to load it."""
+def model_card(args, report: dict, result: dict, last: dict) -> str:
+    """README.md of a trained model: what it is, what it was trained on, how good it is, how to load it.
+
+    result, last: evaluation rows, of the model that is exported and of the run's end.
+    """
+    beside = ""
+    if result["step"] < last["step"]:
+        beside = (
+            f"\n| the run's last step, {last['step']:,} | held-out accuracy {last['eval_accuracy']:.4f}, loss "
+            f"{last['eval_loss']:.4f}: higher, so an earlier one is kept |"
+        )
     counts = totals(report["train"])
     return f"""---
 library_name: transformers
@@ -112,7 +121,7 @@ anything. Trained with minirm from `{args.model}`.
 | --- | --- |
 | held-out accuracy | {result["eval_accuracy"]:.4f} on {result["eval_pairs"]:,} pairs ({result["eval_ties"]} ties, counted as wrong) |
 | held-out loss | {result["eval_loss"]:.4f} |
-| trained on | {counts["kept"]:,} pairs, {counts["prompts"]:,} prompts, {result["step"]:,} optimizer steps |
+| trained on | {counts["kept"]:,} pairs, {counts["prompts"]:,} prompts, {result["step"]:,} optimizer steps |{beside}
 | recipe | `--loss {args.loss} --freeze_ratio {args.freeze_ratio} --learning_rate {args.learning_rate}` in {args.precision} |
 
 The reward is read at the EOS token, so end every text with it:

@@ -15,6 +15,7 @@ import subprocess
 
 import pytest
 from conftest import make_comparisons, make_model, read_metrics, write_jsonl
+from safetensors.torch import load_file
 
 from minirm.checkpoint import START, Run, accumulation, begin, check_output, checkpoints, differences, verify
 from minirm.data import InputError
@@ -203,6 +204,133 @@ def test_rows_behind_the_checkpoint_are_cut_off(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
 
 
+# -- The best is kept. --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worsening(inputs, folder):
+    """Flags of a run of 8 steps whose held-out pairs are those it is trained on, turned around: what it learns makes
+    them worse, so that of the evaluations at 2, 4, 6 and 8 the first has the lowest loss."""
+    pairs = make_comparisons(24)
+    turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
+    data = ["--train_data", write_jsonl(folder / "straight.jsonl", pairs)]
+    data += ["--eval_data", write_jsonl(folder / "turned.jsonl", turned)]
+    return [*inputs, *data, "--eval_steps", 2, "--save_total_limit", 0, "--gradient_accumulation_steps", 6]
+
+
+@pytest.fixture(scope="module")
+def worse(server, worsening, folder):
+    """A finished run with those flags on two processes."""
+    assert server.run(*worsening, "--output_dir", folder / "worse", world=2).codes == [0, 0]
+    return folder / "worse"
+
+
+def weights(folder, part=""):
+    """{name in RewardModel: bytes} of a trained model, or of a checkpoint's "model." or "best."; shards are put together."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if name.startswith(part):
+                name = name.removeprefix(part).replace("transformer.", "trunk.")
+                found[name] = found.get(name, b"") + tensor.numpy().tobytes()
+    return found
+
+
+def losses(output):
+    return {row["step"]: row["eval_loss"] for row in rows(output) if row["step"] and "eval_loss" in row}
+
+
+def test_the_exported_model_is_that_of_the_lowest_loss(server, worsening, worse, tmp_path):
+    """Checked against a run that ends there; and with --keep last against the checkpoint of the end."""
+    assert min(losses(worse), key=losses(worse).get) == 2
+    run = server.run(*worsening, "--max_steps", 2, "--output_dir", tmp_path / "two", world=2)
+    assert "loss was lowest" not in run.text()
+    assert weights(worse) == weights(tmp_path / "two")
+    run = server.run(*worsening, "--keep", "last", "--output_dir", tmp_path / "last", world=2)
+    assert run.codes == [0, 0] and "loss was lowest" not in run.text()
+    last, ends = weights(tmp_path / "last"), weights(worse / "checkpoint-8", "model.")
+    assert len(ends) == 23 and {name: last[name] for name in ends} == ends
+    assert all(last[name] != weights(worse)[name] for name in ends)
+    assert losses(tmp_path / "last") == losses(worse)
+
+
+def test_the_best_is_kept_where_the_head_alone_is_trained_and_lies_on_one_of_two_processes(server, worsening, tmp_path):
+    flags = [*worsening, "--freeze_ratio", 1, "--learning_rate", 0.1]
+    for steps in (2, 8):
+        assert server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / str(steps), world=2).codes == [0, 0]
+    assert min(losses(tmp_path / "8"), key=losses(tmp_path / "8").get) == 2
+    assert weights(tmp_path / "8") == weights(tmp_path / "2")
+    assert weights(tmp_path / "8" / "checkpoint-8", "best.").keys() == {"score.weight"}
+
+
+def test_a_checkpoint_has_the_best_parameters_unless_they_are_its_own(worse):
+    assert weights(worse / "checkpoint-2", "best.") == {}
+    for step in (4, 6, 8):
+        assert weights(worse / f"checkpoint-{step}", "best.") == weights(worse / "checkpoint-2", "model.")
+
+
+def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worsening, tmp_path):
+    run = server.run(*worsening, "--max_steps", 4, "--output_dir", tmp_path / "run")
+    two, four = [row for row in rows(tmp_path / "run") if row["step"] and "eval_loss" in row]
+    assert (
+        f"held-out accuracy {two['eval_accuracy']:.4f} on 24 pairs at step 2, where the loss was lowest with "
+        f"{two['eval_loss']:.4f} (at the last step, 4: {four['eval_accuracy']:.4f} with {four['eval_loss']:.4f}); the model is"
+    ) in run.text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| held-out loss | {two['eval_loss']:.4f} |" in card and " 2 optimizer steps |" in card
+    assert f"loss {four['eval_loss']:.4f}: higher" in card
+
+
+def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, inputs, tmp_path):
+    """A learning rate so high that the loss rises and falls; it is lowest neither at the first step nor at the last."""
+    flags = [*inputs, "--learning_rate", 1e-2, "--warmup_steps", 0, "--eval_steps", 1]
+    assert server.run(*flags, "--output_dir", tmp_path / "run").codes == [0]
+    loss = losses(tmp_path / "run")
+    best = min(loss, key=loss.get)
+    assert 1 < best < 8 and loss[best] < loss[1]
+    assert server.run(*flags, "--max_steps", best, "--output_dir", tmp_path / "best").codes == [0]
+    assert weights(tmp_path / "run") == weights(tmp_path / "best")
+
+
+def test_the_best_comes_through_other_numbers_of_processes_to_the_bit(server, worsening, worse, tmp_path):
+    for world, steps in ((2, 3), (3, 5), (1, 7), (2, 8)):
+        run = server.run(*worsening, "--max_steps", steps, "--output_dir", tmp_path / "run", world=world)
+        assert run.codes == [0] * world, run.text()
+    assert min(losses(tmp_path / "run"), key=losses(tmp_path / "run").get) == 2
+    assert weights(tmp_path / "run") == weights(worse)
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_a_run_stopped_before_the_evaluation_of_its_step_makes_it_up(server, worsening, worse, tmp_path, step):
+    """A signal saves the step, and ends the run before it is evaluated: at the best step, and at the last."""
+    signals = f"""
+import os
+agree, calls = train.checkpoint.agree, []
+def signalled(caught, losses):
+    calls.append(1)
+    if len(calls) == {step}: caught.append(15)
+    return agree(caught, losses)
+train.checkpoint.agree = signalled
+"""
+    run = server.run(*worsening, "--output_dir", tmp_path / "run", patch=signals, world=2)
+    assert run.codes == [143, 143] and f"stopped after step {step} of 8" in run.text()
+    assert server.run(*worsening, "--output_dir", tmp_path / "run", world=2).codes == [0, 0]
+    assert losses(tmp_path / "run") == losses(worse)
+    assert weights(tmp_path / "run") == weights(worse)
+
+
+def test_what_is_kept_may_change_unless_the_best_is_lost(server, worsening, worse, tmp_path):
+    flags = [*worsening, "--output_dir", tmp_path / "run"]
+    assert server.run(*flags, "--keep", "last", "--max_steps", 2, world=2).codes == [0, 0]
+    assert server.run(*flags, "--max_steps", 4, world=2).codes == [0, 0]  # the best is step 2, the checkpoint's own
+    assert weights(tmp_path / "run") == weights(worse)
+    assert server.run(*flags, "--keep", "last", "--max_steps", 6, world=2).codes == [0, 0]
+    before = contents(tmp_path / "run")
+    run = server.run(*flags, world=2)
+    assert run.codes == [2, 2] and "lacks the model of step 2, the best so far; go on with --keep last" in run.text()
+    assert contents(tmp_path / "run") == before
+
+
 # -- The folder. ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +424,9 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
             lambda state: state["files"].update({"more.safetensors": 1}),
             lambda state: state.update(recipe=[]),
             lambda state: state.update(result={}),
+            lambda state: state.update(best={"step": 6}),
+            lambda state: state.update(best={"step": 6, "eval_loss": "low"}),
+            lambda state: state["arguments"].pop("keep"),
         ]
     ):
         copy = tmp_path / str(number)

@@ -180,7 +180,11 @@ def test_the_model_card_states_the_runs_numbers(data):
         model="some/model", loss="divergence", freeze_ratio=0.7, learning_rate=1e-5, precision="fp16", separator="\n"
     )
     result = {"eval_accuracy": 0.71234, "eval_pairs": 1320, "eval_ties": 2, "eval_loss": 0.5, "step": 1000}
-    card = model_card(args, data.report, result)
+    card = model_card(args, data.report, result, result)
     assert "| held-out accuracy | 0.7123 on 1,320 pairs (2 ties" in card
     assert "| trained on | 4 pairs, 3 prompts, 1,000 optimizer steps |" in card
-    assert "text = prompt + '\\n' + answer + tokenizer.eos_token" in card
+    assert "text = prompt + '\\n' + answer + tokenizer.eos_token" in card and "last step" not in card
+    card = model_card(args, data.report, result, result | {"step": 2000, "eval_accuracy": 0.7, "eval_loss": 0.9})
+    assert (
+        "1,000 optimizer steps |\n| the run's last step, 2,000 | held-out accuracy 0.7000, loss 0.9000: higher" in card
+    )
