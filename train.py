@@ -411,8 +411,8 @@ def train(args: argparse.Namespace) -> None:
         line = f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs"
         if result["step"] < last["step"]:
             line += (
-                f" at step {result['step']}, where the loss was lowest with {result['eval_loss']:.4f} (at the last step, "
-                f"{last['step']}: {last['eval_accuracy']:.4f} with {last['eval_loss']:.4f})"
+                f" at step {result['step']}, where the loss was lowest, {result['eval_loss']:.4f} (at the last, step "
+                f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
             )
         print(f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained")
 

@@ -103,7 +103,7 @@ def model_card(args, report: dict, result: dict, last: dict) -> str:
     if result["step"] < last["step"]:
         beside = (
             f"\n| the run's last step, {last['step']:,} | held-out accuracy {last['eval_accuracy']:.4f}, loss "
-            f"{last['eval_loss']:.4f}: higher, so an earlier one is kept |"
+            f"{last['eval_loss']:.4f}; the model is that of step {result['step']:,} |"
         )
     counts = totals(report["train"])
     return f"""---

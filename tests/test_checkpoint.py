@@ -273,12 +273,12 @@ def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worse
     run = server.run(*worsening, "--max_steps", 4, "--output_dir", tmp_path / "run")
     two, four = [row for row in rows(tmp_path / "run") if row["step"] and "eval_loss" in row]
     assert (
-        f"held-out accuracy {two['eval_accuracy']:.4f} on 24 pairs at step 2, where the loss was lowest with "
-        f"{two['eval_loss']:.4f} (at the last step, 4: {four['eval_accuracy']:.4f} with {four['eval_loss']:.4f}); the model is"
+        f"held-out accuracy {two['eval_accuracy']:.4f} on 24 pairs at step 2, where the loss was lowest, "
+        f"{two['eval_loss']:.4f} (at the last, step 4: accuracy {four['eval_accuracy']:.4f}, loss {four['eval_loss']:.4f}); the"
     ) in run.text()
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"| held-out loss | {two['eval_loss']:.4f} |" in card and " 2 optimizer steps |" in card
-    assert f"loss {four['eval_loss']:.4f}: higher" in card
+    assert f"loss {four['eval_loss']:.4f}; the model is that of step 2 |" in card
 
 
 def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, inputs, tmp_path):

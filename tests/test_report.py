@@ -186,5 +186,6 @@ def test_the_model_card_states_the_runs_numbers(data):
     assert "text = prompt + '\\n' + answer + tokenizer.eos_token" in card and "last step" not in card
     card = model_card(args, data.report, result, result | {"step": 2000, "eval_accuracy": 0.7, "eval_loss": 0.9})
     assert (
-        "1,000 optimizer steps |\n| the run's last step, 2,000 | held-out accuracy 0.7000, loss 0.9000: higher" in card
+        "1,000 optimizer steps |\n| the run's last step, 2,000 | held-out accuracy 0.7000, loss 0.9000; the model is that of step 1,000 |"
+        in card
     )
