@@ -27,7 +27,8 @@ from minirm.checkpoint import Stop
 from minirm.data import prepare, totals
 from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
-from minirm.loss import divergence_loss, pairwise_loss
+from minirm.loss import centering_loss, divergence_loss, pairwise_loss
+from minirm.measure import TENTHS, describe, final_report, headline, measure, right_by_tenth
 from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.report import model_card, start_report
@@ -72,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_embeddings", action="store_true", help="train the embeddings; off: they are frozen with the layers")
     add("--loss", default="divergence", choices=["divergence", "last", "trlx"],
         help="every token from the first difference on, the end rewards alone, or trlx's as published, pads and all")
+    add("--pair_weight", default="pair", choices=["pair", "prompt"],
+        help="every comparison counts as one, or every prompt, its comparisons sharing that")
+    add("--center_rewards_coefficient", type=float, default=0.0,
+        help="of (chosen + rejected)^2, added to the loss; 0.01 keeps rewards around zero, 0: off")
+    add("--margin_scale", type=float, default=1.0, help="units of reward for a margin of 1 in the data; 0: off")
     add("--row_layout", default="shared", choices=["shared", "separate"],
         help="a row is a prompt with all its completions, or with one of them")
     add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
@@ -106,13 +112,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
     for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps",
-                 "save_steps", "save_total_limit"):  # fmt: skip
+                 "save_steps", "save_total_limit", "center_rewards_coefficient", "margin_scale"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not 0 <= args.freeze_ratio <= 1:
         raise InputError(f"--freeze_ratio must lie in 0..1, got {args.freeze_ratio}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, got {args.seed}")
+    if args.loss == "trlx":  # as published, or it would not be worth its name
+        for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(
+                    f"--{name} does not go with --loss trlx; choose --loss divergence or last, or leave it away"
+                )
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
@@ -123,14 +135,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def comparison_loss(kind: str, batch: Batch, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[R, L] rewards -> (mean loss over the pairs [], chosen end rewards [P], rejected end rewards [P])."""
-    chosen, rejected = batch.pair_rewards(rewards)  # [P, T] each
-    last = (batch.end - 1)[:, None]
-    chosen_end, rejected_end = chosen.gather(1, last)[:, 0], rejected.gather(1, last)[:, 0]
-    if kind == "last":
-        return pairwise_loss(chosen_end, rejected_end, batch.margin), chosen_end, rejected_end
-    return divergence_loss(chosen, rejected, batch.start, batch.end), chosen_end, rejected_end
+def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+    """[R, L] rewards -> the loss of each pair [P]."""
+    ends, each = batch.end_rewards(rewards), {"reduction": "none"}
+    margin = None if args.loss == "trlx" else args.margin_scale * batch.margin
+    if args.loss == "last":
+        losses = pairwise_loss(*ends, margin, **each)
+    else:
+        losses = divergence_loss(*batch.pair_rewards(rewards), batch.start, batch.end, margin=margin, **each)
+    if args.center_rewards_coefficient:
+        losses = losses + args.center_rewards_coefficient * centering_loss(*ends, **each)
+    return losses
 
 
 def train(args: argparse.Namespace) -> None:
@@ -178,6 +193,9 @@ def train(args: argparse.Namespace) -> None:
     # Sorted by unique tokens in either layout, so that both take the same steps.
     lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
+    weights = pairs["train"]
+    if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
+        weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
     run = shard.on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
     start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
@@ -207,6 +225,14 @@ def train(args: argparse.Namespace) -> None:
         print(start_report(data, tokenizer, model, frozen, layout, sample))
         if not_shared:
             print(f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}\n")
+        margins = any(map(any, data.train["margin"]))
+        idle = {
+            "--loss trlx is as published: the data's margins have": margins and args.loss == "trlx",
+            "no margins in the data: --margin_scale has": not margins and args.margin_scale != 1,
+            "one comparison a prompt: --pair_weight has": args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1,
+        }  # fmt: skip
+        for what in [what for what, without_effect in idle.items() if without_effect]:
+            print0(f"train.py: warning: {what} no effect")
 
     # -- The model: empty on every rank, sharded, then filled from rank 0. ----------------------------------------------
     if args.gradient_checkpointing:
@@ -241,8 +267,8 @@ def train(args: argparse.Namespace) -> None:
         if rank == 0:
             print(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
 
-    def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One forward pass over a rank's groups -> batch, loss [], and its pairs' end rewards, chosen [P], rejected [P]."""
+    def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """One forward pass over a rank's groups -> batch, rewards [R, L], and the loss of each pair [P]."""
         # A rank that has nothing left computes some row all the same, since every rank has to enter every forward.
         rows = [getattr(data, part)[g] for g in groups] or [data.train[0] | {"chosen": []}]
         batch = to_batch(rows)
@@ -251,52 +277,40 @@ def train(args: argparse.Namespace) -> None:
             batch = batch.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
-        if not groups:
-            return batch, 0.0 * rewards.sum(), rewards[0, :0], rewards[0, :0]
-        return batch, *comparison_loss(args.loss, batch, rewards)
+        return batch, rewards, comparison_loss(args, batch, rewards) if groups else rewards[0, :0]
 
-    subsets = sorted({name for names in data.eval["subset"] for name in names} - {""})
+    held_out = describe(data.eval, args.eval_data or args.train_data, args.pair_weight == "prompt")
+    pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"])  # [g]: numbers of its pairs
 
     @torch.no_grad()
     def evaluate(step: int) -> dict:
-        """Every held-out pair once, whatever the number of ranks: sums over all ranks, then a division."""
-        sums = torch.zeros(5, dtype=torch.float64, device=device)  # pairs, loss, correct, ties, reward margin
-        by_subset = torch.zeros(len(subsets) + 1, 2, dtype=torch.float64, device=device)  # pairs, correct
+        """Every held-out pair once: each rank fills in its own pairs' rows, and the sum over ranks is the whole table."""
+        # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
+        table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
         for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
-            batch, loss, chosen, rejected = compute("eval", micro_step[rank])
-            correct = (chosen > rejected).double()
-            sums += torch.stack(
-                [torch.ones_like(correct).sum(), loss * len(chosen), correct.sum(),
-                 (chosen == rejected).sum(), (chosen - rejected).sum()]
-            )  # fmt: skip
-            where = [subsets.index(name) if name else len(subsets) for name in batch.subset]
-            where = torch.tensor(where, dtype=torch.int64, device=device)
-            by_subset.index_add_(0, where, torch.stack([torch.ones_like(correct), correct], dim=1))
-        dist.all_reduce(sums)
-        dist.all_reduce(by_subset)
-        n, loss, correct, ties, margin = sums.tolist()
-        row = {"step": step, "eval_loss": loss / n, "eval_accuracy": correct / n, "eval_ties": int(ties)}
-        row |= {"eval_pairs": int(n), "eval_reward_margin": margin / n}
-        return row | {f"eval_accuracy/{s}": right / of for s, (of, right) in zip(subsets, by_subset.tolist())}
+            batch, rewards, losses = compute("eval", micro_step[rank])
+            if micro_step[rank]:
+                here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device)
+                right = right_by_tenth(*batch.pair_rewards(rewards), batch.start, batch.end)
+                table[here] = torch.column_stack([*batch.end_rewards(rewards), losses, right])
+        dist.all_reduce(table)
+        columns = table.cpu().T
+        return {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)}
 
     def log(row: dict) -> None:
         """One line of metrics.jsonl, on rank 0. What is not finite becomes null, so that every line is JSON."""
         if rank == 0:
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            line = json.dumps(row) + "\n"
+            line = json.dumps(json.loads(json.dumps(row), parse_constant=lambda _: None)) + "\n"
             with checkpoint.writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
                 file.write(line)
             if "eval_loss" in row:
-                bar.write(
-                    f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f}, loss {row['eval_loss']:.4f}, "
-                    f"reward margin {row['eval_reward_margin']:.4f} ({row['eval_pairs']} pairs, {row['eval_ties']} ties)"
-                )
+                bar.write(headline(row))
 
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0 or step == total_steps
 
-    def measure(step: int) -> None:
-        """Evaluates, and keeps what is best so far."""
+    def evaluate_and_keep(step: int) -> None:
+        """Evaluates, logs, and keeps what is best so far."""
         nonlocal result, best
         log(result := evaluate(step))
         if step and result["eval_loss"] < best.get("eval_loss", math.inf):
@@ -308,30 +322,34 @@ def train(args: argparse.Namespace) -> None:
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
     caught = checkpoint.catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
-        measure(start)
+        evaluate_and_keep(start)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
-    before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 7)[rank::world_size].sum(dim=0)
-    sums = before[:3].to(device)  # loss, correct, reward margin
-    seen = before[3:]  # pairs, tokens, places with padding, tokens without sharing
+    before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 8)[rank::world_size].sum(dim=0)
+    sums = before[:4].to(device)  # weighted loss, weight, correct, reward margin
+    seen = before[4:]  # pairs, tokens, places with padding, tokens without sharing
     since = time.perf_counter() - run.state["seconds"]
     for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or step == start:
-            plan = make_plan(lengths["train"], pairs["train"], accumulation=accumulation, epoch=epoch, **cut)
-        micro_steps, step_pairs = plan[place]
+            plan = make_plan(lengths["train"], weights, accumulation=accumulation, epoch=epoch, **cut)
+        micro_steps, step_weight = plan[place]
         # One optimizer step, in this order:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
         losses = []
         for m, micro_step in enumerate(micro_steps):
             model.set_requires_gradient_sync(m == len(micro_steps) - 1)
-            batch, loss, chosen, rejected = compute("train", micro_step[rank])
-            loss_sum = loss * len(chosen)
-            # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the mean over its pairs
-            # exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
-            scaler.scale(loss_sum * world_size / step_pairs).backward()
+            batch, rewards, pair_losses = compute("train", micro_step[rank])
+            weight = [weights[g] / pairs["train"][g] for g in micro_step[rank] for _ in range(pairs["train"][g])]
+            weight = torch.tensor(weight, device=device)  # [P]
+            loss_sum = (pair_losses * weight).sum()
+            # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the weighted mean over its
+            # pairs exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
+            scaler.scale(loss_sum * world_size / step_weight).backward()
             losses.append(loss_sum.detach())
             if micro_step[rank]:  # what a rank computes only to keep step does not count
-                sums += torch.stack([loss_sum, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
+                chosen, rejected = batch.end_rewards(rewards.detach())
+                correct, margin = (chosen > rejected).sum(), (chosen - rejected).sum()
+                sums += torch.stack([loss_sum.detach(), weight.sum(), correct, margin])
                 seen += torch.tensor([len(chosen), batch.tokens, batch.input_ids.numel(), batch.separate_tokens])
         scaler.unscale_(optimizer)
         grad_norm = (
@@ -360,21 +378,21 @@ def train(args: argparse.Namespace) -> None:
             seconds = time.perf_counter() - since
             summed = torch.cat([sums, seen.to(device)])
             dist.all_reduce(summed)
-            loss, correct, margin, n, tokens, places, separate = summed.tolist()
+            loss, of, correct, margin, n, tokens, places, separate = summed.tolist()
             row = {
-                "step": step, "epoch": step / epoch_steps, "loss": loss / n, "accuracy": correct / n,
+                "step": step, "epoch": step / epoch_steps, "loss": loss / of, "accuracy": correct / n,
                 "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],
                 "grad_norm": grad_norm, "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
                 "pairs": int(n), "tokens": int(tokens), "padding": 1 - tokens / places,
                 "tokens_saved": 1 - tokens / separate, "pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds,
             }  # fmt: skip
             log(row)
-            bar.set_postfix_str(f"loss {loss / n:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
+            bar.set_postfix_str(f"loss {loss / of:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
             sums.zero_(), seen.zero_()
             since = time.perf_counter()
         paused = time.perf_counter()
         if due(args.eval_steps, step) and not stop:
-            measure(step)
+            evaluate_and_keep(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
@@ -408,6 +426,7 @@ def train(args: argparse.Namespace) -> None:
 
     shard.on_first_process(patient, write_model)
     if rank == 0:
+        print(final_report(result))
         line = f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs"
         if result["step"] < last["step"]:
             line += (

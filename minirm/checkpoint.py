@@ -284,7 +284,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
     """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
 
     best: `copies` as of state["best"], or {}; not written where they are the parameters of this very step.
-    state["sums"]: [7] fp64 on the CPU, of this process; the rest, as in START and more, is the same on all of them.
+    state["sums"]: [8] fp64 on the CPU, of this process; the rest, as in START and more, is the same on all of them.
     Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
     """
     start = time.perf_counter()
@@ -398,7 +398,7 @@ def verify(folder: Path) -> dict:
             raise ValueError(f"{STATE} has no {', '.join(wrong)}")
         state["recipe"]["prompts a step"], state["processes"], state["arguments"]["keep"]
         [0.0 + row["step"] + row["eval_loss"] for row in (state["result"], state["best"] or state["result"])]
-        torch.tensor(state["sums"], dtype=torch.float64).view(-1, 7)
+        torch.tensor(state["sums"], dtype=torch.float64).view(-1, 8)
         return state
     except OSError as error:
         raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None

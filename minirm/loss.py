@@ -2,6 +2,11 @@
 
 Everything is computed in at least fp32: in fp16 `log(sigmoid(x))` is -inf below about -17, and two scores that
 differ tie by accident. B = pairs, T = tokens counted from any origin that the two texts of a pair share.
+
+`margin` [B], in units of reward, is what the chosen answer has to be ahead by (Llama 2, arXiv 2307.09288, eq. 2).
+`weight` [B] turns the mean over pairs into a weighted one: 1 / (comparisons of its prompt) lets a prompt with many of
+them count as one (InstructGPT, arXiv 2203.02155, section 3.5). reduction="none" gives each pair's loss [B], times its
+weight, instead of their mean.
 """
 
 import torch
@@ -24,13 +29,23 @@ def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     return differs.int().argmax(dim=1)  # argmax gives the first of equal maxima
 
 
-def divergence_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Mean over pairs of the mean over start <= t < end of -logsigmoid(c_t - r_t).
+def divergence_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over pairs of the mean over start <= t < end of -logsigmoid(c_t - r_t - margin).
 
     The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs. What
     lies outside [start, end) has no influence, not even when it is infinite or nan.
 
-    Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T.
+    Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T; margin,
+        weight, reduction: see above.
     Returns: scalar in fp32 (fp64 for fp64 rewards).
     Raises ValueError for other shapes and for an empty range. On a GPU ranges are not looked at, since that would
     stop the queue every step: an empty one gives nan.
@@ -48,23 +63,45 @@ def divergence_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, start: Ten
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
     # Masked before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
     difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)
+    if margin is not None:
+        _check_shapes(end=end, margin=margin, dims=1)
+        difference = difference - margin[:, None].to(difference.dtype)
     per_token = -F.logsigmoid(difference).where(inside, 0.0)
-    return (per_token.sum(dim=1) / (end - start)).mean()
+    return _reduced(per_token.sum(dim=1) / (end - start), weight, reduction)
 
 
-def pairwise_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | None = None) -> Tensor:
+def pairwise_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    margin: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin).
 
-    Margin as in Llama 2 (arXiv 2307.09288, eq. 2). Args: chosen_rewards, rejected_rewards: [B] floats; margin: [B] in
-    units of reward, or None for 0. Returns: scalar in fp32 (fp64 for fp64 rewards). Raises ValueError for other
-    shapes; in particular a [B, 1] margin is refused instead of being broadcast to [B, B].
+    Args: chosen_rewards, rejected_rewards: [B] floats; margin, weight, reduction: see above. Returns: scalar in fp32
+    (fp64 for fp64 rewards). Raises ValueError for other shapes; in particular a [B, 1] margin is refused instead of
+    being broadcast to [B, B].
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
     if margin is not None:
         _check_shapes(chosen_rewards=chosen_rewards, margin=margin, dims=1)
         difference = difference - margin.to(difference.dtype)
-    return -F.logsigmoid(difference).mean()
+    return _reduced(-F.logsigmoid(difference), weight, reduction)
+
+
+def centering_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Mean over pairs of (chosen + rejected)^2: what keeps rewards around zero, which pairs alone leave open.
+
+    Eisenstein et al., arXiv 2312.09244; added to a loss with a small coefficient, 0.01 there. Args, returns,
+    raises: as `pairwise_loss`.
+    """
+    _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
+    return _reduced((_at_least_fp32(chosen_rewards) + _at_least_fp32(rejected_rewards)) ** 2, weight, reduction)
 
 
 def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
@@ -78,6 +115,17 @@ def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tenso
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reduced(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """[B] -> [] or, with reduction "none", [B]."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if weight is None:
+        return losses if reduction == "none" else losses.mean()
+    _check_shapes(losses=losses, weight=weight, dims=1)
+    weight = weight.to(losses.dtype)
+    return losses * weight if reduction == "none" else (losses * weight).sum() / weight.sum()
 
 
 def _check_shapes(*, dims: int, **tensors: Tensor) -> None:

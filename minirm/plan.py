@@ -14,12 +14,12 @@ class Step(NamedTuple):
     """One optimizer step: micro_steps[m][rank] is a list of group indices, empty where there is nothing left to do."""
 
     micro_steps: list[list[list[int]]]
-    pairs: int  # comparisons in the step, all ranks and micro-steps together: what its loss is divided by
+    weight: float  # of all its groups, on all ranks and micro-steps together: what its loss is divided by
 
 
 def make_plan(
     lengths: Sequence[int],
-    pairs: Sequence[int],
+    weights: Sequence[float],
     *,
     world_size: int,
     batch_size: int,
@@ -32,12 +32,12 @@ def make_plan(
 
     Args:
         lengths: tokens of each group; groups of like length come together in a micro-step, on all ranks.
-        pairs: comparisons of each group.
+        weights: of each group, as a sum over its comparisons: their number, if all weigh the same.
         world_size, batch_size, accumulation: ranks, groups per rank and micro-step, micro-steps per step.
         seed, epoch: choose the order. shuffle=False: longest first, so that too little memory shows at once.
     Which groups make up a step depends on the product of the three alone, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
     """
-    assert len(lengths) == len(pairs), f"{len(lengths)} lengths for {len(pairs)} groups"
+    assert len(lengths) == len(weights), f"{len(lengths)} lengths for {len(weights)} groups"
     per_micro_step = world_size * batch_size
     per_step = per_micro_step * accumulation
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -58,7 +58,7 @@ def make_plan(
             micro_steps = [step[j : j + per_micro_step] for j in range(0, len(step), per_micro_step)]
             # Dealt out like cards: in a short micro-step no rank has two groups while another has none.
             dealt = [[micro[rank::world_size] for rank in range(world_size)] for micro in micro_steps]
-            steps.append(Step(dealt, sum(pairs[g] for g in step)))
+            steps.append(Step(dealt, sum(weights[g] for g in step)))
     if shuffle:
         steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
     return steps

@@ -50,6 +50,11 @@ class Batch:
         per_completion = rewards.flatten()[self.places]
         return per_completion[self.chosen], per_completion[self.rejected]
 
+    def end_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, L] rewards of all places -> chosen [P], rejected [P], of the whole answers."""
+        last = self.end - 1
+        return tuple(rewards.flatten()[self.places[side, last]] for side in (self.chosen, self.rejected))
+
 
 def collate(
     groups: list[dict], *, row_layout: str, pad_id: int, row_limit: int, trlx_eos_id: int | None = None

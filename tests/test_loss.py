@@ -10,7 +10,7 @@ It sees padded texts and a reward for every place of them, and knows nothing of 
 import pytest
 import torch
 
-from minirm.loss import divergence_index, divergence_loss, pairwise_accuracy, pairwise_loss
+from minirm.loss import centering_loss, divergence_index, divergence_loss, pairwise_accuracy, pairwise_loss
 from minirm.rows import collate
 
 EOS, PAD = 1, 0
@@ -62,6 +62,7 @@ def as_groups(texts):
                 "rejected": [1],
                 "margin": [0.0],
                 "subset": [""],
+                "source": [0],
             }
         )
     return groups
@@ -245,6 +246,75 @@ def test_margin_is_taken_off_the_difference():
     )
 
 
+def test_margin_is_taken_off_at_every_place():
+    """Pair 1, t = 1..2: 3 - 2 = 1 and 0 - 2 = -2: (0.313262 + 2.126928) / 2 = 1.220095. Pair 2, t = 0: 0.5 - 0.5 = 0:
+    0.693147. Mean 0.956621. Gradients by chosen: -0.268941 / 4, -0.880797 / 4, -0.5 / 2. Outside: nothing.
+    """
+    chosen = torch.tensor([[9.0, 3.0, 0.0], [0.5, 9.0, 9.0]], requires_grad=True)
+    start, end, margin = torch.tensor([1, 0]), torch.tensor([3, 1]), torch.tensor([2.0, 0.5], dtype=torch.float64)
+    loss = divergence_loss(chosen, torch.zeros(2, 3), start, end, margin=margin)
+    loss.backward()
+    assert (loss.item(), loss.dtype) == (pytest.approx(0.956621, abs=1e-6), torch.float32)
+    expected = torch.tensor([[0.0, -0.067235, -0.220199], [-0.25, 0.0, 0.0]])
+    assert torch.allclose(chosen.grad, expected, atol=1e-6)
+    without = divergence_loss(chosen, torch.zeros(2, 3), start, end)
+    assert divergence_loss(chosen, torch.zeros(2, 3), start, end, margin=0 * margin).item() == without.item()
+
+
+def test_centering_by_hand():
+    """(1 + 2)^2 = 9 and (-1 - 3)^2 = 16: 12.5; gradients 2 (c + r) / 2 pairs, the same for both sides: 3 and -4."""
+    chosen, rejected = torch.tensor([1.0, -1.0], requires_grad=True), torch.tensor([2.0, -3.0], requires_grad=True)
+    loss = centering_loss(chosen, rejected)
+    loss.backward()
+    assert loss.item() == 12.5
+    assert chosen.grad.tolist() == rejected.grad.tolist() == [3.0, -4.0]
+    assert centering_loss(torch.tensor([300.0]).half(), torch.tensor([0.0]).half()).item() == 90000.0  # no inf in fp16
+
+
+LOSSES = {
+    "divergence": lambda c, r, **options: divergence_loss(
+        c[:, None], r[:, None], torch.zeros(len(c)).long(), torch.ones(len(c)).long(), **options
+    ),
+    "pairwise": pairwise_loss,
+    "centering": centering_loss,
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_weights_give_a_weighted_mean(kind):
+    """Differences 1, -1, 2 with weights 1/2, 1/2 (two comparisons of a prompt) and 1 (the only one of another):
+
+    (0.313262 / 2 + 1.313262 / 2 + 0.126928) / 2 = 0.470095; slopes -(1 - sigmoid(d)) w / 2: -0.268941 / 4 = -0.067235,
+    -0.731059 / 4 = -0.182765, -0.119203 / 2 = -0.059601. Centering, sums 1, -1, 2: (1 / 2 + 1 / 2 + 4) / 2 = 2.5; slopes
+    2 (c + r) w / 2: 0.5, -0.5, 2.
+    """
+    chosen, weight = torch.tensor([1.0, -1.0, 2.0], requires_grad=True), torch.tensor([0.5, 0.5, 1.0])
+    loss = LOSSES[kind](chosen, torch.zeros(3), weight=weight)
+    loss.backward()
+    if kind == "centering":
+        assert loss.item() == 2.5 and chosen.grad.tolist() == [0.5, -0.5, 2.0]
+    else:
+        assert loss.item() == pytest.approx(0.470095, abs=1e-6)
+        assert chosen.grad.tolist() == pytest.approx([-0.067235, -0.182765, -0.059601], abs=1e-6)
+    assert LOSSES[kind](chosen, torch.zeros(3), weight=2 * weight).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert LOSSES[kind](chosen, torch.zeros(3), weight=torch.full((3,), 7.0)).item() == pytest.approx(
+        LOSSES[kind](chosen, torch.zeros(3)).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_without_reduction_each_pair_has_its_own_loss(kind):
+    """s(1), s(-1), s(2); squares 1, 1, 4; times the weights where there are any."""
+    chosen, expected = torch.tensor([1.0, -1.0, 2.0]), [0.313262, 1.313262, 0.126928]
+    expected = [1.0, 1.0, 4.0] if kind == "centering" else expected
+    each = LOSSES[kind](chosen, torch.zeros(3), reduction="none")
+    assert each.tolist() == pytest.approx(expected, abs=1e-6)
+    weighted = LOSSES[kind](chosen, torch.zeros(3), weight=torch.tensor([2.0, 0.0, 1.0]), reduction="none")
+    assert weighted.tolist() == pytest.approx([2 * expected[0], 0.0, expected[2]], abs=1e-6)
+    with pytest.raises(ValueError, match="'mean' or 'none', got 'sum'"):
+        LOSSES[kind](chosen, torch.zeros(3), reduction="sum")
+
+
 def test_accuracy_counts_the_greater_reward_and_no_tie():
     accuracy = pairwise_accuracy(torch.tensor([1.0, 2.0, 3.0, -1.0]), torch.tensor([0.0, 2.0, 4.0, -2.0]))
     assert (accuracy.item(), accuracy.dtype, accuracy.shape) == (0.5, torch.float32, ())
@@ -255,6 +325,9 @@ def test_a_constant_scorer_has_accuracy_0(constant):
     rewards = torch.full((7,), constant)
     assert pairwise_accuracy(rewards, rewards.clone()).item() == 0.0
     assert pairwise_accuracy(rewards.half(), rewards.half()).item() == 0.0
+
+
+RANGE = torch.zeros(2).long(), torch.ones(2).long()
 
 
 def rewards(*shape):
@@ -283,6 +356,12 @@ def rewards(*shape):
         lambda: pairwise_loss(rewards(2), rewards(2), rewards(2, 1)),
         lambda: pairwise_loss(rewards(2), rewards(2), rewards(1)),
         lambda: pairwise_loss(rewards(2), rewards(2), rewards(())),
+        lambda: pairwise_loss(rewards(2), rewards(2), weight=rewards(2, 1)),
+        lambda: divergence_loss(rewards(2, 3), rewards(2, 3), *RANGE, margin=rewards(2, 1)),
+        lambda: divergence_loss(rewards(2, 3), rewards(2, 3), *RANGE, margin=rewards(1)),
+        lambda: divergence_loss(rewards(2, 3), rewards(2, 3), *RANGE, weight=rewards(2, 3)),
+        lambda: centering_loss(rewards(2, 1), rewards(2, 1)),
+        lambda: centering_loss(rewards(2), rewards(2), weight=rewards(1)),
         lambda: pairwise_accuracy(rewards(2, 1), rewards(2, 1)),
         lambda: pairwise_accuracy(rewards(2), rewards(2, 1)),
         lambda: pairwise_accuracy(rewards(0), rewards(0)),

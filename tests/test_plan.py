@@ -33,7 +33,7 @@ def test_every_group_comes_exactly_once(world_size, batch_size, accumulation, co
     assert len(plan) == steps_per_epoch(count, **shape) == -(-count // per_step)
     for step in plan:
         own = [g for micro in step.micro_steps for groups in micro for g in groups]
-        assert step.pairs == sum(pairs[g] for g in own)
+        assert step.weight == sum(pairs[g] for g in own)
         assert len(step.micro_steps) <= accumulation
         for micro in step.micro_steps:
             sizes = [len(groups) for groups in micro]
@@ -57,7 +57,7 @@ def test_steps_do_not_depend_on_how_they_are_split_over_ranks_and_micro_steps(co
         make_plan(lengths, pairs, world_size=w, batch_size=b, accumulation=a, seed=1, epoch=2)
         for w, b, a in [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)]
     ]
-    steps = [[(sorted(groups_of([step])), step.pairs) for step in plan] for plan in plans]
+    steps = [[(sorted(groups_of([step])), step.weight) for step in plan] for plan in plans]
     assert all(other == steps[0] for other in steps[1:])
     assert len({tuple(groups) for groups, _ in steps[0]}) == 16
 

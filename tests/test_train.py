@@ -72,36 +72,113 @@ def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, 
     assert all(0 < r["loss"] < 5 and 0 <= r["accuracy"] <= 1 and r["tokens"] > 0 for r in train_rows)
 
 
-def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(model_folder, data, tmp_path):
-    """23 groups, 4 a step: the sixth step has three. Processes x groups a micro-step x micro-steps is always 4."""
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """41 comparisons of 23 prompts with margins 0.5, 1 and 2; with 40 tokens at most some prompts fall into two groups."""
+    rows = make_comparisons(30, seed=6, per_prompt=3) + make_comparisons(13, seed=7)[2:]
+    rows = [row | {"margin": [0.5, 1.0, 2.0][i % 3]} for i, row in enumerate(rows)]
+    return [write_jsonl(tmp_path_factory.mktemp("uneven") / "train.jsonl", rows)] * 2
+
+
+ALL_OPTIONS = ["--pair_weight", "prompt", "--center_rewards_coefficient", 0.1, "--margin_scale", 0.7]
+
+
+@pytest.mark.parametrize("options", [[], ALL_OPTIONS, [*ALL_OPTIONS, "--loss", "last"]])
+def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, model_folder, uneven, server, tmp_path):
+    """21 prompts in more groups, 4 a step: the last step has fewer. Processes x groups a micro-step x micro-steps is 4."""
     runs = {}
-    for processes, batch, accumulation in ((0, 1, 4), (2, 1, 2), (4, 1, 1), (0, 4, 1)):
+    data = ["--train_data", uneven[0], "--eval_data", uneven[1], *QUICK, "--max_length", 40]
+    for processes, batch, accumulation in ((1, 1, 4), (2, 1, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)):
         output = tmp_path / f"{processes}-{batch}"
+        cut = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
         flags = [
-            "--max_steps",
-            6,
-            "--per_device_train_batch_size",
-            batch,
-            "--gradient_accumulation_steps",
-            accumulation,
+            "--model",
+            model_folder("llama"),
+            *data,
+            "--output_dir",
+            output,
+            "--num_train_epochs",
+            1,
+            *options,
+            *cut,
         ]
-        rows = trained(data, output, model_folder("llama"), *flags, processes=processes)
-        runs[processes, batch] = ([r for r in rows if "loss" in r], load_file(output / "model.safetensors"))
-    rows, weights = runs.pop((0, 1))
-    assert sorted(row["pairs"] for row in rows) == [3, 4, 4, 4, 4, 4]
+        run = server.run(*flags, world=processes)
+        assert set(run.codes) == {0}, run.text()[-3000:]
+        runs[processes, batch] = (read_metrics(output), load_file(output / "model.safetensors"))
+    rows, weights = runs.pop((1, 1))
+    steps = [row for row in rows if "loss" in row]
+    assert sum(row["pairs"] for row in steps) == 41 and len({row["pairs"] for row in steps}) > 2
     for name, (other_rows, other_weights) in runs.items():
-        for key in ("loss", "grad_norm", "accuracy", "reward_margin", "pairs", "tokens"):
-            got, wanted = [r[key] for r in other_rows], [r[key] for r in rows]
+        assert [row["step"] for row in other_rows] == [row["step"] for row in rows]
+        for key in ("loss", "grad_norm", "accuracy", "reward_margin", "pairs", "tokens", "eval_loss", "eval_accuracy"):
+            got, wanted = [[r[key] for r in some if key in r] for some in (other_rows, rows)]
             assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6), (name, key)
         for key, tensor in weights.items():
             torch.testing.assert_close(other_weights[key], tensor, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
 
 
-def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, data, tmp_path):
-    rows = [trained(data, tmp_path / f"{n}", model_folder("gpt2"), "--max_steps", 0, processes=n)[0] for n in (0, 2, 3)]
-    assert [row["eval_pairs"] for row in rows] == [11, 11, 11]
+@pytest.mark.parametrize("kind", ["divergence", "last"])
+def test_all_loss_options_together_against_a_loop_over_prompts(kind, model_folder, uneven, tmp_path):
+    """One step over all the data, the head alone trained: its loss and its gradient's norm, told again pair by pair."""
+    model = model_folder("llama")
+    flags = [*ALL_OPTIONS, "--loss", kind, "--max_length", 40, "--freeze_ratio", 1, "--max_steps", 1]
+    flags += ["--max_grad_norm", 0, "--gradient_accumulation_steps", 99]
+    rows = trained(uneven, tmp_path / "out", model, *flags)
+    (row,) = (row for row in rows if "loss" in row)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    trunk = transformers.AutoModel.from_pretrained(model)
+    head = init_head(32, seed=0).requires_grad_()
+    groups = list(prepare(tokenizer, [str(uneven[0])], [str(uneven[1])], max_length=40).train)
+    assert any(group["pairs"] < group["prompt_pairs"] for group in groups)
+    per_prompt = {}
+    for group in groups:
+        for c, r, margin in zip(group["chosen"], group["rejected"], group["margin"]):
+            texts = [group["prefix"] + group["completions"][side] for side in (c, r)]
+            with torch.no_grad():
+                hidden = [trunk(torch.tensor([text])).last_hidden_state[0] for text in texts]
+            rewards = [(h @ head[0]) for h in hidden]
+            start = next(t for t, (a, b) in enumerate(zip(*texts)) if a != b)
+            places = range(start, max(map(len, texts))) if kind == "divergence" else [-1]
+            at = [[side[min(t, len(side) - 1)] for t in places] for side in rewards]
+            losses = [-torch.nn.functional.logsigmoid(a - b - 0.7 * margin) for a, b in zip(*at)]
+            loss = sum(losses) / len(losses) + 0.1 * (rewards[0][-1] + rewards[1][-1]) ** 2
+            # Of a prompt's texts, cut or not, the end of the prompt is the same.
+            key = tokenizer.decode(group["prefix"][-12:])
+            per_prompt.setdefault(key, []).append(loss)
+    assert len(per_prompt) == 21 and {len(losses) for losses in per_prompt.values()} == {1, 3}
+    wanted = sum(sum(losses) / len(losses) for losses in per_prompt.values()) / 21
+    assert row["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(wanted, head)
+    assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert rows[0]["eval_loss"] == pytest.approx(wanted.item(), rel=1e-5)  # the same pairs, before the step
+
+
+def flat(value):
+    """The numbers of nested lists and dicts, and their names."""
+    if isinstance(value, dict):
+        return {f"{k} {name}": number for k, v in value.items() for name, number in flat(v).items()}
+    return {"": value} if not isinstance(value, list) else flat(dict(enumerate(value)))
+
+
+def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, data, server, tmp_path):
+    """Every figure; with subsets and two files."""
+    subsets = tmp_path / "other.jsonl"
+    write_jsonl(subsets, [row | {"subset": name} for row, name in zip(make_comparisons(5, seed=8), "xxyyy")])
+    rows = []
+    for n in (1, 2, 3):
+        files = ["--train_data", data[0], "--eval_data", data[1], subsets, "--output_dir", tmp_path / f"{n}"]
+        run = server.run("--model", model_folder("gpt2"), *files, *QUICK, "--max_steps", 0, world=n)
+        assert set(run.codes) == {0}, run.text()[-3000:]
+        rows += read_metrics(tmp_path / f"{n}")
+    assert [row["eval_pairs"] for row in rows] == [16, 16, 16]
+    assert {name for name in rows[0] if "/" in name} == {
+        f"eval_accuracy/{name}" for name in ("eval", "other", "x", "y")
+    }
+    parts = 11 * rows[0]["eval_accuracy/eval"] + 5 * rows[0]["eval_accuracy/other"]
+    assert 16 * rows[0]["eval_accuracy"] == pytest.approx(parts)
     for row in rows[1:]:
-        assert row == pytest.approx(rows[0], rel=1e-6)
+        assert flat(row) == pytest.approx(flat(rows[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["separate", "shared"])
@@ -305,6 +382,32 @@ def test_flags_out_of_range_are_refused(refused, capsys):
     assert "--gradient_accumulation_steps must be positive" in refused(capsys, "--gradient_accumulation_steps", 0)
     assert "--seed must lie in" in refused(capsys, "--seed", -1)
     assert "--learn_rate" in refused(capsys, "--learn_rate", 1)
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("pair_weight", "prompt"), ("center_rewards_coefficient", 0.01), ("margin_scale", 0)]
+)
+def test_loss_options_do_not_go_with_the_published_loss(flag, value, refused, capsys):
+    assert f"--{flag} does not go with --loss trlx" in refused(capsys, "--loss", "trlx", f"--{flag}", value)
+    assert f"--{flag}" in refused(capsys, f"--{flag}", -1)
+
+
+@pytest.mark.parametrize(
+    "flags, with_margins, warning",
+    [
+        (["--loss", "trlx"], True, "--loss trlx is as published: the data's margins have no effect"),
+        (["--loss", "trlx"], False, ""),
+        (["--margin_scale", 0.5], False, "no margins in the data: --margin_scale has no effect"),
+        (["--margin_scale", 0.5, "--pair_weight", "prompt"], True, ""),
+        (["--pair_weight", "prompt"], False, "one comparison a prompt: --pair_weight has no effect"),
+    ],
+)
+def test_what_the_data_leaves_without_effect_is_named(
+    flags, with_margins, warning, model_folder, data, uneven, tmp_path, capsys
+):
+    trained(uneven if with_margins else data, tmp_path / "out", model_folder("gpt2"), *flags, "--max_steps", 0)
+    shown = [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert shown == ([warning] if warning else [])
 
 
 def test_a_flag_without_effect_is_named_and_no_other(capsys):
