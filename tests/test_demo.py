@@ -1,9 +1,10 @@
 """The embedded demo: its comparisons, its tokenizer and its model.
 
 Run: python -m pytest tests/test_demo.py. Needs: torch, transformers, and a Python with the .py sources of its standard
-library; no network, no GPU. The warm-up of the model is cut to 3 steps; how accurate the demo becomes is not tested here.
+library; no network, no GPU. The warm-up of the model is cut to 2 steps; how accurate the demo becomes is not tested here.
 """
 
+import functools
 import json
 import threading
 
@@ -15,7 +16,7 @@ import minirm.demo
 from minirm.demo import (
     DEMO_DEFAULTS,
     EVAL_PROMPTS,
-    REJECTED,
+    SHUFFLES,
     build_demo,
     make_comparisons,
     read_docstrings,
@@ -24,18 +25,12 @@ from minirm.demo import (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library_read_once():
-    """Reading the standard library takes longer than all else here; every other step is done anew each time."""
-    original, seen = minirm.demo.read_docstrings, {}
-
-    def read_once(root):
-        if root not in seen:
-            seen[root] = original(root)
-        return dict(seen[root])
-
-    minirm.demo.read_docstrings = read_once
-    yield
-    minirm.demo.read_docstrings = original
+def fast():
+    """Reading the standard library and warming up take longer than all else here: one is done once, the other cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minirm.demo, "read_docstrings", functools.cache(read_docstrings))
+        patch.setattr(minirm.demo, "WARM_UP_STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +40,14 @@ def comparisons():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return build_demo(cache_dir=tmp_path_factory.mktemp("cache") / "demo", progress=False, warmup_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIRM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return build_demo()
 
 
 def test_there_are_some_hundred_held_out_pairs_and_thousands_to_train_on(comparisons):
     train, held_out, texts = comparisons
-    assert 200 <= EVAL_PROMPTS <= len({row["prompt"] for row in held_out}) + 5 and len(held_out) <= 2 * EVAL_PROMPTS
+    assert 200 <= EVAL_PROMPTS <= len({row["prompt"] for row in held_out}) + 5 and len(held_out) <= 3 * EVAL_PROMPTS
     assert len(train) > 2000 and len(texts) >= len({row["prompt"] for row in train})
 
 
@@ -67,17 +64,17 @@ def test_every_row_is_four_strings_with_answers_of_5_to_25_words_that_differ(com
         for row in rows:
             assert list(row) == ["prompt", "chosen", "rejected", "subset"]
             assert all(isinstance(value, str) and value for value in row.values())
-            assert row["subset"] in REJECTED and row["chosen"] != row["rejected"]
+            assert row["subset"] in ("shuffled", "other") and row["chosen"] != row["rejected"]
             assert 5 <= len(row["chosen"].split()) <= 25 and 5 <= len(row["rejected"].split()) <= 25
         assert len({tuple(row.values())[:3] for row in rows}) == len(rows)
 
 
-def test_a_prompt_has_one_or_two_comparisons_and_always_the_same_chosen_answer(comparisons):
+def test_a_prompt_has_some_comparisons_and_always_the_same_chosen_answer(comparisons):
     for rows in comparisons[:2]:
         answers = {}
         for row in rows:
             answers.setdefault(row["prompt"], []).append(row["chosen"])
-        assert {len(chosen) for chosen in answers.values()} == {1, 2}
+        assert {len(chosen) for chosen in answers.values()} == set(range(1, SHUFFLES + 2))
         assert all(len(set(chosen)) == 1 for chosen in answers.values())
 
 
@@ -94,11 +91,11 @@ def test_neither_the_longer_nor_the_shorter_answer_is_right_in_60_percent_of_the
     assert len(differ) < 20 or 0.2 < sum(differ) / len(differ) < 0.8
 
 
-def test_shuffled_and_swapped_answers_keep_the_words_and_their_ends(comparisons):
+def test_rejected_answers_have_as_many_words_and_shuffled_ones_the_same(comparisons):
     for row in comparisons[1]:
         chosen, rejected = row["chosen"].split(), row["rejected"].split()
         assert len(chosen) == len(rejected)
-        if row["subset"] in ("shuffled", "swapped"):
+        if row["subset"] == "shuffled":
             assert sorted(chosen) == sorted(rejected)
             assert (chosen[0], chosen[-1]) == (rejected[0], rejected[-1])
 
@@ -130,9 +127,9 @@ def test_prompts_are_signatures_with_the_rest_of_the_docstring(tmp_path):
     (tmp_path / "pack" / "__init__.py").write_text("def f(a, b=1):\n    '''Packs a and b into one box.'''\n")
     assert read_docstrings(tmp_path) == {
         "Counts the money of one day, e.g. in the evening.": "shop.Till(Box)\nNot thread safe at all.",
-        "Puts one coin into the till.": "Till.add(coin)",
+        "Puts one coin into the till.": "shop.add(self, coin, *rest)",
         "Says hello to the next customer.": "shop.greet(name)",
-        "Packs a and b into one box.": "pack.f(a, b)",
+        "Packs a and b into one box.": "pack.f(a, b=1)",
     }
 
 
@@ -170,74 +167,62 @@ def test_the_files_hold_the_comparisons(demo, comparisons):
         assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
 
 
-def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(demo):
-    before = (demo.model / "model.safetensors").stat()
-    assert build_demo(cache_dir=demo.train.parent, progress=False, warmup_steps=3) == demo
-    assert (demo.model / "model.safetensors").stat() == before
-    assert [path.name for path in demo.train.parent.parent.iterdir()] == ["demo"]
+def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(demo, monkeypatch):
+    folder = demo.model.parent
+    monkeypatch.setenv("MINIRM_CACHE", str(folder.parent))
+    monkeypatch.setattr(minirm.demo, "make_comparisons", None)
+    assert build_demo() == demo
+    assert list(folder.parent.iterdir()) == [folder] and folder.name.startswith("demo-")
 
 
 @pytest.fixture
-def small_library(monkeypatch, comparisons):
-    """Building at test speed: the comparisons are there already."""
-    monkeypatch.setattr("minirm.demo.make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
+def cache(tmp_path, monkeypatch, comparisons):
+    """Where demos of a few comparisons are built."""
+    monkeypatch.setattr(minirm.demo, "make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
+    monkeypatch.setenv("MINIRM_CACHE", str(tmp_path))
+    return tmp_path
 
 
-def test_two_that_build_at_once_both_end_with_the_same_demo(tmp_path, monkeypatch, small_library):
-    together, warm_up = threading.Barrier(2, timeout=60), minirm.demo.warm_up
+def test_two_that_build_at_once_both_end_with_the_same_demo(cache, monkeypatch):
+    together, warm_up, results = threading.Barrier(2, timeout=60), minirm.demo.warm_up, []
 
     def warm_up_and_wait(*args):
         together.wait()  # neither has finished when the other starts: both will want to rename
         return warm_up(*args)
 
     monkeypatch.setattr(minirm.demo, "warm_up", warm_up_and_wait)
-    results = []
-
-    def build():
-        results.append(build_demo(cache_dir=tmp_path / "demo", progress=False, warmup_steps=0))
-
-    threads = [threading.Thread(target=build) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(build_demo())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 2 and results[0] == results[1] and results[0].train.is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert list(cache.iterdir()) == [results[0].model.parent]
 
 
-def test_a_build_that_dies_leaves_no_demo_behind(tmp_path, monkeypatch, small_library):
+def test_a_build_that_dies_leaves_no_demo_behind(cache, monkeypatch):
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minirm.demo.warm_up", die)
+    monkeypatch.setattr(minirm.demo, "warm_up", die)
     with pytest.raises(KeyboardInterrupt):
-        build_demo(cache_dir=tmp_path / "demo", progress=False)
-    assert list(tmp_path.iterdir()) == []
+        build_demo()
+    assert list(cache.iterdir()) == []
 
 
-def test_an_empty_folder_is_filled_and_one_with_other_files_is_refused(tmp_path, small_library):
-    (tmp_path / "empty").mkdir()
-    assert build_demo(cache_dir=tmp_path / "empty", progress=False, warmup_steps=0).eval.is_file()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="holds something else than a demo"):
-        build_demo(cache_dir=tmp_path / "mine", progress=False)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+def test_another_seed_or_more_steps_make_another_demo(cache, monkeypatch):
+    made = {build_demo(), build_demo(seed=1)}
+    monkeypatch.setattr(minirm.demo, "WARM_UP_STEPS", 1)
+    assert len(made | {build_demo()}) == 3 == len(list(cache.iterdir()))
 
 
-def test_the_cache_folder_follows_the_variable_the_seed_and_the_steps(tmp_path, monkeypatch, small_library):
-    monkeypatch.setenv("MINIRM_CACHE", str(tmp_path))
-    wanted = [{"seed": 0, "warmup_steps": 0}, {"seed": 1, "warmup_steps": 0}, {"seed": 0, "warmup_steps": 1}]
-    built = {build_demo(progress=False, **one).train.parent for one in wanted}
-    assert len(built) == 3 == len(list(tmp_path.iterdir()))
-    assert all(folder.parent == tmp_path and folder.name.startswith("demo-") for folder in built)
-
-
-def test_building_is_the_same_twice_and_leaves_the_global_random_numbers_alone(tmp_path, small_library):
+def test_building_is_the_same_twice_and_leaves_the_global_random_numbers_alone(cache, monkeypatch):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first, second = (build_demo(cache_dir=tmp_path / name, progress=False, warmup_steps=2) for name in "ab")
+    first = build_demo()
     assert torch.equal(torch.rand(3), expected)
+    monkeypatch.setenv("MINIRM_CACHE", str(cache / "second"))
+    second = build_demo()
     for name in ("model.safetensors", "tokenizer.json"):
         assert (first.model / name).read_bytes() == (second.model / name).read_bytes()
