@@ -8,7 +8,7 @@ which frozen blocks hand on what they get and the last of them gives out what wa
 a block's arguments, and a frozen block that FSDP has sharded is still gathered: all ranks walk in step even if one
 finds its rows in the cache and another does not.
 
-A file has its name only when it is complete, is named by its content's origin and never changed, so any number of
+A file gets its name when it is complete, is named by its content's origin and never changed, so any number of
 processes and runs may share a folder and be killed at any time. Its checksum tells what a power failure left of it.
 
 What is read back is equal to the bit to what would be computed in rows of the same shape. That is the case with one
@@ -21,12 +21,11 @@ import json
 import os
 import shutil
 import sys
-import time
 import uuid
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -39,15 +38,24 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from minirm import attention, rows
+from minirm.checkpoint import PARTIAL
 from minirm.data import tokenizer_state, totals
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel
 from minirm.rows import Batch
 from minirm.sources import InputError, one_line
 
-PARTIAL = ".partial"
-STALE_SECONDS = 3600  # a partial file older than this is one of a run that was killed
-BLOCK = 4096  # bytes in which file systems count
+
+def put(path: Path, content: bytes) -> None:
+    """Writes under another name first, so that a file is whole whoever else is writing it, or is killed."""
+    partial_path = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path.write_bytes(content)
+        os.replace(partial_path, path)
+    except OSError:
+        partial_path.unlink(missing_ok=True)
+        raise
 
 
 class TrunkCache:
@@ -59,14 +67,13 @@ class TrunkCache:
         Replaces the blocks' `forward`, in place; FSDP's hooks stay outside of it. Blocks that are whole wait on the CPU
         for the first batch that is not known: a run that only reads needs no device memory for them.
         """
-        self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
-        for block in self.waiting:
-            block.to("cpu")
         self.folder, self.dtype, self.extras, self.writing = folder, dtype, extras, folder is not None
-        self.known: set[str] = set()  # files whose checksum was right, or that were written here
+        self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
         self.kept: Tensor | None = None  # [tokens, H], what the last block gives out in place of its own output
         self.computed: Tensor | None = None  # [R, L, H], its own
         self.real: Tensor | None = None  # [R, L] bool: not padding
+        for block in self.waiting:
+            block.to("cpu")
         for block in blocks:
             block.forward = partial(self._through, block.forward, block is blocks[-1])
 
@@ -77,8 +84,8 @@ class TrunkCache:
                 self.waiting.pop().to(hidden.device)
             output = forward(*args, **kwargs)
             if last:
-                self.computed = output[0] if isinstance(output, tuple) else output
-                self.extras = len(output) - 1 if isinstance(output, tuple) else None
+                self.computed, *more = output if isinstance(output, tuple) else (output,)
+                self.extras = len(more) if isinstance(output, tuple) else None
             return output
         if last:  # in padding stays what came from the embeddings: finite, and nothing looks at it
             hidden = hidden.clone()
@@ -108,25 +115,15 @@ class TrunkCache:
         try:
             with safe_open(self._path(name), "pt") as file:
                 states = file.get_tensor("states")
-                if name not in self.known and file.metadata()["crc32"] != _checksum(states):
-                    return None
+                return states if file.metadata()["crc32"] == _checksum(states) else None
         except (OSError, SafetensorError, KeyError, TypeError):
             return None
-        self.known.add(name)
-        return states
 
     def _write(self, name: str, states: Tensor) -> None:
-        """Under another name first: what has its name is complete. A disk that is full turns writing off."""
-        path = self._path(name)
-        partial_path = path.with_name(f"{name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path.write_bytes(save({"states": states}, {"crc32": _checksum(states)}))
-            os.replace(partial_path, path)
-            self.known.add(name)
+            put(self._path(name), save({"states": states}, {"crc32": _checksum(states)}))
         except OSError as error:
             self.writing = False
-            partial_path.unlink(missing_ok=True)
             line = f"--cache_trunk {self.folder.parent}: cannot be written ({error.strerror or error})"
             tqdm.write(f"{line}; goes on with what is there and without keeping more", file=sys.stderr)
 
@@ -199,28 +196,24 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
     return cache.extras
 
 
-def weights_digest(source: dict[str, Tensor], names: list[str]) -> str:
-    """Of every byte of the frozen weights. What is trained does not count: a retrained model finds the same cache."""
-
-    def of(name: str) -> str:
-        values = source[name].detach().contiguous()
-        data = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy())
-        return f"{name} {values.dtype} {tuple(values.shape)} {data.hexdigest()}"
-
-    with ThreadPoolExecutor() as pool:  # hashlib and torch let go of the interpreter's lock
-        return hashlib.sha256("\n".join(pool.map(of, sorted(names))).encode()).hexdigest()
-
-
 def open_folder(
     args, config, tokenizer, source: dict[str, Tensor], frozen: Frozen, report: dict, layout: str, device: str
 ) -> Path:
-    """On the first process: the folder of these states, made if need be. Prints what it will take and what is free.
+    """On the first process: the folder of these states. Prints what it will take and what is free.
 
     source: the weights, by name. Raises InputError if the folder cannot be written or the disk is too small.
     """
-    code = "".join(Path(module.__file__).read_text() for module in (attention, rows, sys.modules[__name__]))
+
+    def fingerprint(name: str) -> str:
+        values = source[name].detach().contiguous()
+        digest = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        return f"{name} {values.dtype} {tuple(values.shape)} {digest}"
+
+    with ThreadPoolExecutor() as pool:  # hashlib and torch let go of the interpreter's lock
+        weights = list(pool.map(fingerprint, sorted(frozen.parameters)))
+    code = b"".join(Path(module.__file__).read_bytes() for module in (attention, rows, sys.modules[__name__]))
     about = {
-        "weights": weights_digest(source, frozen.parameters),
+        "weights": weights,  # the frozen ones alone: a retrained model finds the same cache
         "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")},
         "frozen layers": len(frozen.layers),
         "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
@@ -230,31 +223,23 @@ def open_folder(
         "one prompt a micro-step": args.per_device_train_batch_size == 1,  # for the rounding, see the top of this file
         "device": device,
         "versions": [torch.__version__, transformers.__version__],
-        "code": hashlib.sha256(code.encode()).hexdigest(),
+        "code": hashlib.sha256(code).hexdigest(),
     }
     text = json.dumps(about, indent=1, sort_keys=True, default=str)
     folder = Path(args.cache_trunk) / hashlib.sha256(text.encode()).hexdigest()[:32]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (mine := folder / f"about.{uuid.uuid4().hex}{PARTIAL}").write_text(text)
-        os.replace(mine, folder / "about.json")
-        for path in folder.glob(f"*/*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # another run has just finished it
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
-        there = sum(path.stat().st_size + BLOCK // 2 for path in folder.glob("*/*.safetensors"))
+        put(folder / "about.json", text.encode())
+        there = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        line = f"--cache_trunk {args.cache_trunk}: cannot be written ({error.strerror}); choose another folder"
-        raise InputError(line) from None
+        raise InputError(
+            f"--cache_trunk {args.cache_trunk}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
     counts = totals(report["train"] + report["eval"])
-    tokens, files = counts[f"{layout} tokens"], counts["prompts"]
-    width, itemsize = config.get_text_config().hidden_size, 4 if args.precision == "fp32" else 2
-    needed = tokens * width * itemsize + files * (BLOCK // 2 + 200)  # half a block is lost at the end of a file
-    sizes = (
-        f"takes about {needed / 1e6:,.1f} MB, {there / 1e6:,.1f} MB are there already, {free / 1e6:,.1f} MB are free"
-    )
+    itemsize = 4 if args.precision == "fp32" else 2
+    needed = counts[f"{layout} tokens"] * config.get_text_config().hidden_size * itemsize
+    sizes = f"takes {needed / 1e6:,.1f} MB, {there / 1e6:,.1f} MB are there already, {free / 1e6:,.1f} MB are free"
     if needed - there > free:
         raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or leave the flag away")
-    print(f"the output of the frozen layers for {files:,} prompts {sizes}\n")
+    print(f"the output of the frozen layers for {counts['prompts']:,} prompts {sizes}\n")
     return folder
