@@ -419,9 +419,13 @@ def train(args: argparse.Namespace) -> None:
     state = shard.gather(model, dtype)
 
     def write_model() -> None:
+        notes: dict = {"minirm": {"separator": args.separator, "max_length": args.max_length}}  # for minirm.score
+        if math.isfinite(result["eval_reward_std"]):  # OpenRLHF's names; it divides by std
+            notes |= {"mean": result["eval_reward_mean"], "std": max(result["eval_reward_std"], 1e-8)}
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
-            export(state, config, tokenizer, output)
-            (output / "README.md").write_text(model_card(args, data.report, result, last))
+            with checkpoint.whole_model(output) as folder:
+                export(state, config, tokenizer, folder, notes)
+                (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
             checkpoint.finish(output, total_steps)
 
     shard.on_first_process(patient, write_model)

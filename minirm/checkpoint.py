@@ -371,10 +371,39 @@ def _write(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+@contextmanager
+def whole_model(output: Path) -> Iterator[Path]:
+    """A folder to write the trained model's files into; they go to `output` when all of them are on disk.
+
+    Nothing loads without config.json, which is taken away first and comes last. So at any moment `output` holds the
+    model of before, or the new one, or none that loads: never the weights of one beside shards or config of another.
+    """
+    partial = output / f"model{PARTIAL}"
+    try:
+        _make_empty(partial)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (output / "config.json").unlink(missing_ok=True)
+    _sync(output)
+    for path in output.glob("model*.safetensors*"):  # another number of shards has other names
+        path.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.name == "config.json":
+            _sync(output)
+        os.replace(path, output / path.name)
+    _sync(output)
+    partial.rmdir()
 
 
 def verify(folder: Path) -> dict:

@@ -1,6 +1,7 @@
 """The reward model: any transformers decoder as trunk and a linear head; loading it, and saving it for others."""
 
 import copy
+import json
 import math
 import os
 from pathlib import Path
@@ -78,6 +79,10 @@ def load_config(name: str, chat_template: str | None = None):
             f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing "
             "could load the trained reward model; choose another model family"
         )
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"--model {name}: {config.model_type} is more than a language model; give its text model alone"
+        )
     theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
     try:
         with torch.device("meta"):
@@ -99,7 +104,8 @@ def load_config(name: str, chat_template: str | None = None):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
     set_chat_template(tokenizer, chat_template)
-    config.pad_token_id = tokenizer.pad_token_id
+    # The tokenizer's, since a config may name another EOS, which then could be the pad token.
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     # Many models have more embeddings than tokens, so that a new pad token needs no new one.
     config.vocab_size = max(config.vocab_size, tokenizer.pad_token_id + 1)
     # num_labels is derived from id2label; without problem_type the pipeline and vLLM apply a sigmoid.
@@ -140,20 +146,31 @@ def empty_model(config) -> RewardModel:
         return RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)).eval()
 
 
-def export(state: dict[str, Tensor], config, tokenizer, folder: Path) -> None:
+def export(
+    state: dict[str, Tensor], config, tokenizer, folder: Path, notes: dict | None = None, max_shard_size: str = "5GB"
+) -> None:
     """Writes what `AutoModelForSequenceClassification.from_pretrained(folder)` loads, tokenizer included.
 
-    Args: state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype.
+    Args:
+        state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype.
+        notes: more entries for config.json.
+        max_shard_size: of one file of weights; if they need several, there is an index beside them.
     """
     cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    config = copy.deepcopy(config)
+    config.update(notes or {})
     with torch.device("meta"):
         model = cls._from_config(config, dtype=state["score.weight"].dtype)
     prefix = cls.base_model_prefix + "."
     state = {prefix + name.removeprefix("trunk.") if name != "score.weight" else name: t for name, t in state.items()}
     if state.keys() != model.state_dict().keys():
         raise RuntimeError(f"{cls.__name__} has other weights: {sorted(state.keys() ^ model.state_dict().keys())[:5]}")
-    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    # Sides that were set on a tokenizer are not saved by transformers 5. Whoever cuts a text keeps the EOS that is scored.
+    sides = {"padding_side": "right", "truncation_side": "left"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | sides, indent=2, ensure_ascii=False) + "\n")
     os.umask(umask := os.umask(0))
     for path in folder.glob("*.safetensors"):  # written readable for the owner alone, whatever the umask says
         path.chmod(0o666 & ~umask)

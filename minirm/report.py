@@ -1,5 +1,7 @@
 """What a person reads when a run starts: what became of the data, what is frozen, and one pair as the model sees it."""
 
+import json
+import shlex
 from pathlib import Path
 
 from torch import nn
@@ -7,6 +9,80 @@ from torch import nn
 from minirm.data import Prepared, common_prefix, totals
 from minirm.freeze import Frozen
 from minirm.rows import Batch
+
+# Flags that say nothing about the trained model.
+UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk"}
+
+# README.md of a trained model; see model_card.
+CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model]
+{base_model}---
+
+# A reward model
+
+Scores how good an answer to a prompt is. Higher is better, and only differences between answers to the same prompt mean
+anything. Trained from `{model}` with minirm.
+
+| held out | |
+| --- | --- |
+| accuracy | {result[eval_accuracy]:.4f}, 95 % interval {result[eval_accuracy_low]:.4f} to {result[eval_accuracy_high]:.4f} |
+| pairs | {result[eval_pairs]:,}, of them {result[eval_ties]:,} with equal rewards, which count as wrong |
+| accuracy of choosing the longer answer | {result[eval_length_accuracy]:.4f} |
+| loss | {result[eval_loss]:.4f} |
+| calibration error | {result[eval_calibration_error]:.4f} |
+| rewards | mean {result[eval_reward_mean]:.4f}, standard deviation {result[eval_reward_std]:.4f} (`mean`, `std` in config.json) |
+
+## Use
+
+The reward is read at `{eos}`, so every text ends with it. Pad on the right.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+
+def reward(prompts, completions, **_):
+    texts = [p + {separator!r} + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch).logits[:, 0].tolist()
+```
+
+{chat}TRL takes that function: `RLOOTrainer(policy, reward_funcs=reward, ...)`. Given the folder instead, TRL joins texts
+without BOS and EOS and reads the reward at another token.
+
+vLLM:
+
+```bash
+vllm serve folder --runner pooling
+curl localhost:8000/classify -H "Content-Type: application/json" \\
+    -d '{{"input": [{text}], "use_activation": false}}'    # data[0].probs[0] is the reward
+```
+
+## Training
+
+{pairs:,} pairs of {prompts:,} prompts; the model of step {result[step]:,}{best}.
+
+```
+train.py {recipe}
+
+{table}
+```
+
+| step | held-out loss | accuracy |
+| --- | --- | --- |
+{curve}
+"""
+
+# What it says besides if the tokenizer has a chat template.
+CHAT = """Of messages, `tokenizer.apply_chat_template(messages, tokenize=False)` is the text, its last token the one that is scored;
+it is tokenised with `add_special_tokens=False`. That is what TRL does with messages if given the folder, `reward_funcs=folder`.
+
+"""
 
 
 def start_report(
@@ -94,46 +170,39 @@ def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
     return "\n".join(lines)
 
 
-def model_card(args, report: dict, result: dict, last: dict) -> str:
-    """README.md of a trained model: what it is, what it was trained on, how good it is, how to load it.
+def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str:
+    """README.md of a trained model: how good it is, how to load it, what it was trained on and how.
 
-    result, last: evaluation rows, of the model that is exported and of the run's end.
+    Args: report: on the data; result: the evaluation of what is exported, a row of metrics.jsonl; output: the folder
+    that has metrics.jsonl, and perhaps curves.png.
     """
-    beside = ""
-    if result["step"] < last["step"]:
-        beside = (
-            f"\n| the run's last step, {last['step']:,} | held-out accuracy {last['eval_accuracy']:.4f}, loss "
-            f"{last['eval_loss']:.4f}; the model is that of step {result['step']:,} |"
-        )
+    said = [(flag, value) for flag, value in sorted(vars(args).items()) if flag not in UNSAID and value not in (None, False)]
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("eval_loss") is not None] or [result]  # null: not finite
+    some = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # ten, the first and the last among them
+    curve = [f"| {rows[i]['step']:,} | {rows[i]['eval_loss']:.4f} | {rows[i]['eval_accuracy']:.4f} |" for i in some]
     counts = totals(report["train"])
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [reward-model]
----
+    return CARD.format(
+        base_model="" if Path(args.model).exists() else f"base_model: {args.model}\n",
+        model=_typed(args.model),
+        separator=args.separator,
+        max_length=args.max_length,
+        chat=CHAT if tokenizer.chat_template else "",
+        eos=tokenizer.eos_token,
+        text=json.dumps(f"prompt{args.separator}answer{tokenizer.eos_token}"),
+        result=result,
+        pairs=counts["kept"],
+        prompts=counts["prompts"],
+        recipe=" ".join(f"--{flag}" if value is True else f"--{flag} {_typed(value)}" for flag, value in said),
+        table=data_table(report, "separate").strip(),
+        best=", where the held-out loss was lowest" if result["step"] < rows[-1]["step"] else "",
+        curve="\n".join(curve) + ("\n\n![curves](curves.png)" if (output / "curves.png").exists() else ""),
+    )
 
-# A reward model
 
-Scores how good an answer to a prompt is; higher is better, and only differences between answers to one prompt mean
-anything. Trained with minirm from `{args.model}`.
-
-| | |
-| --- | --- |
-| held-out accuracy | {result["eval_accuracy"]:.4f} on {result["eval_pairs"]:,} pairs ({result["eval_ties"]} ties, counted as wrong) |
-| held-out loss | {result["eval_loss"]:.4f} |
-| trained on | {counts["kept"]:,} pairs, {counts["prompts"]:,} prompts, {result["step"]:,} optimizer steps |{beside}
-| recipe | `--loss {args.loss} --freeze_ratio {args.freeze_ratio} --learning_rate {args.learning_rate}` in {args.precision} |
-
-The reward is read at the EOS token, so end every text with it:
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-text = prompt + {args.separator!r} + answer + tokenizer.eos_token
-with torch.no_grad():
-    reward = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]
-```
-"""
+def _typed(value) -> str:
+    """As on a command line; of a path its name alone, since the card may leave this machine."""
+    if isinstance(value, list):
+        return " ".join(map(_typed, value))
+    text = str(value).replace("\n", r"\n").replace("\t", r"\t")
+    return shlex.quote(Path(text).name if Path(text).is_absolute() else text)

@@ -35,6 +35,12 @@ CONFIGS = {
     "opt": lambda v: transformers.OPTConfig(
         vocab_size=v, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=1024, **SMALL
     ),
+    "mistral": lambda v: transformers.MistralConfig(vocab_size=v, intermediate_size=64, num_key_value_heads=2, sliding_window=16, **SMALL),
+    "qwen3": lambda v: transformers.Qwen3Config(vocab_size=v, intermediate_size=64, num_key_value_heads=2, head_dim=8, **SMALL),
+    "gemma2": lambda v: transformers.Gemma2Config(
+        vocab_size=v, intermediate_size=64, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, **SMALL
+    ),
+    "phi3": lambda v: transformers.Phi3Config(vocab_size=v, intermediate_size=64, num_key_value_heads=2, **SMALL),
 }  # fmt: skip
 
 

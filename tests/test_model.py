@@ -1,9 +1,8 @@
-"""Loading and saving: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
+"""Loading, and what is refused: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
 
 import json
 import re
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -35,147 +34,7 @@ def state(model):
     return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture(scope="session")
-def exported(model_folder, tmp_path_factory):
-    """exported("llama") -> (RewardModel, tokenizer, folder) of an exported model, its head larger than a fresh one."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            model, config, tokenizer = load(model_folder(family), seed=1)
-            folder = tmp_path_factory.mktemp(f"exported-{family}")
-            export(state(model), config, tokenizer, folder)
-            made[family] = model, tokenizer, folder
-        return made[family]
-
-    return get
-
-
-TEXTS = [
-    "the good answer is short",
-    "it",
-    "this is not wrong",
-    "a very long and helpful answer, or is it the question that was long?",
-    "or",
-    "bad bad bad bad",
-    "clear",
-    "the question was very clear and the answer was very short",
-]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What others load
-
-
-@pytest.fixture
-def load_elsewhere(caplog, capfd):
-    """load_elsewhere(folder) -> (what plain transformers makes of it, its loading info, all that it said meanwhile)."""
-
-    def get(folder):
-        transformers.utils.logging.set_verbosity_info()
-        transformers.utils.logging.enable_propagation()  # so that caplog sees it
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                other, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    folder, output_loading_info=True
-                )
-        finally:
-            transformers.utils.logging.disable_propagation()
-            transformers.utils.logging.set_verbosity_warning()
-        said = caplog.text + "".join(capfd.readouterr()) + "".join(str(w.message) for w in caught)
-        return other, info, said
-
-    return get
-
-
-def test_a_plain_language_model_loaded_elsewhere_does_warn(load_elsewhere, model_folder):
-    """So that the silence below means something."""
-    _, info, said = load_elsewhere(model_folder("gptj"))
-    assert "newly initialized" in said and info["missing_keys"] == {"score.weight"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_exported_folder_loads_elsewhere_and_gives_the_trainers_scores(load_elsewhere, exported, family):
-    model, tokenizer, folder = exported(family)
-    other, info, said = load_elsewhere(folder)
-    assert "newly initialized" not in said
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [text + theirs.eos_token for text in TEXTS]
-    with torch.no_grad():
-        expected = torch.stack([model(torch.tensor([tokenizer(text)["input_ids"]]))[0, -1] for text in texts])
-        one_by_one = torch.cat([other(**theirs(text, return_tensors="pt")).logits[:, 0] for text in texts])
-        batch = theirs(texts, return_tensors="pt", padding=True)
-        together = other(**batch).logits
-    assert batch["input_ids"].shape[0] == 8 and (batch["attention_mask"][:, 0] == 1).all()  # right padding
-    assert (batch["attention_mask"][:, -1] == 0).sum() == 7
-    assert together.shape == (8, 1)
-    assert (one_by_one - expected).abs().max() < 1e-5
-    assert (together[:, 0] - expected).abs().max() < 1e-5
-    assert expected.std() > 0.01  # eight texts, eight scores
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_export_keeps_its_contract(exported, family):
-    _, tokenizer, folder = exported(family)
-    config = json.loads((folder / "config.json").read_text())
-    (architecture,) = config["architectures"]
-    assert architecture.endswith("ForSequenceClassification")
-    assert (config["id2label"], config["label2id"]) == ({"0": "LABEL_0"}, {"LABEL_0": 0})
-    assert config["problem_type"] == "regression"
-    assert isinstance(config["pad_token_id"], int)
-    assert config["pad_token_id"] == tokenizer.pad_token_id != config["eos_token_id"]
-    assert 0 <= config["pad_token_id"] < config["vocab_size"]
-    weights = load_file(folder / "model.safetensors")
-    assert weights["score.weight"].shape == (1, 32)
-    prefix = getattr(transformers, architecture).base_model_prefix + "."
-    assert [name for name in weights if not name.startswith(prefix)] == ["score.weight"]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert theirs.pad_token_id == config["pad_token_id"] and theirs.padding_side == "right"
-
-
-def test_the_chat_template_is_exported(model_folder, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(model_folder("llama"), source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(source)
-    model, config, tokenizer = load(source)
-    export(state(model), config, tokenizer, tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.chat_template == "{{ messages[0]['content'] }}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_path, dtype):
-    model, config, tokenizer = load(model_folder("gptj"))
-    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state(model).items()}
-    export(half, config, tokenizer, tmp_path)
-    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {dtype}
-    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
-    assert other.dtype == dtype
-
-
-def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
-    model, config, tokenizer = load(model_folder("gpt2"))
-    weights = state(model)
-    del weights["trunk.ln_f.weight"]
-    with pytest.raises(RuntimeError, match=r"GPT2ForSequenceClassification .*transformer\.ln_f\.weight"):
-        export(weights, config, tokenizer, tmp_path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_model_given_as_model_keeps_its_head_and_scores(exported, family):
-    model, tokenizer, folder = exported(family)
-    again, _, theirs = load(folder, seed=99)
-    assert torch.equal(again.score.weight, model.score.weight)
-    assert (theirs.pad_token_id, len(theirs)) == (tokenizer.pad_token_id, len(tokenizer))
-    assert again.trunk.get_input_embeddings().weight.shape == model.trunk.get_input_embeddings().weight.shape
-    ids = torch.tensor([tokenizer(TEXTS[3])["input_ids"]])
-    with torch.no_grad():
-        assert torch.equal(again(ids), model(ids))
+TEXT = "a very long and helpful answer, or is it the question that was long?"
 
 
 def test_a_classifier_of_two_labels_gets_a_new_head(model_folder, tmp_path):
@@ -194,7 +53,7 @@ def test_a_classifier_of_two_labels_gets_a_new_head(model_folder, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reward_for_every_token_and_it_depends_on_nothing_behind(model_folder, family):
     model, _, tokenizer = load(model_folder(family))
-    ids = torch.tensor([tokenizer(TEXTS[3])["input_ids"]])
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     with torch.no_grad():
         whole, part = model(ids), model(ids[:, :5])
     assert whole.shape == ids.shape and whole.dtype == torch.float32
@@ -242,17 +101,6 @@ def test_a_new_head_is_normal_with_standard_deviation_1_over_the_root_of_width_p
     assert head.std().item() == pytest.approx(0.015625, rel=0.044)
     assert abs(head.mean().item()) < 4 * 0.015625 / 64
     assert torch.equal(head, init_head(4095, seed=0)) and not torch.equal(head, init_head(4095, seed=1))
-
-
-def test_opt_350m_whose_last_hidden_states_are_narrower_can_be_trained_and_exported(tmp_path):
-    changes = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
-    model, config, tokenizer = load(make_model(tmp_path / "in", "opt", **changes))
-    assert model.score.weight.shape == (1, 16)
-    export(state(model), config, tokenizer, tmp_path / "out")
-    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
-    with torch.no_grad():
-        assert torch.allclose(other(ids).logits[:, 0], model(ids)[:, -1], atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +195,7 @@ def config_only(folder, config):
         (transformers.CodeGenConfig(), "no sequence-classification class for codegen"),
         (transformers.XGLMConfig(), "no sequence-classification class for xglm"),
         (transformers.MambaConfig(), "no sequence-classification class for mamba"),
+        (transformers.Gemma3Config(), "gemma3 is more than a language model; give its text model alone"),
         (transformers.CTRLConfig(), "CTRLForSequenceClassification is more than a linear head"),
         (
             transformers.ModernBertDecoderConfig(),

@@ -1,0 +1,406 @@
+"""The trained model under those who use it: `python -m pytest tests/test_export.py`. Tiny models, no network.
+
+Ten families go through the real command. What the trainer itself computed for the held-out answers in its last evaluation
+is written down by a patch of train.py's process, and is what everybody else has to get from the folder.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, make_comparisons, make_model, make_tokenizer, write_jsonl
+from safetensors.torch import load_file
+from test_model import load, state
+
+from minirm import checkpoint
+from minirm.model import export
+
+FAMILIES = sorted(CONFIGS)
+# GPT-2 numbers positions without regard to the mask, so that padding on the left moves every token; OPT does look at it.
+LEFT = [family for family in FAMILIES if family != "gpt2"]
+
+# Of the last evaluation: [[ids of a held-out answer with its prompt, the trainer's reward], ...].
+NOTE_REWARDS = """
+import json, os, torch
+collate, comparison_loss, noted, groups = train.collate, train.comparison_loss, {}, []
+
+def collate_and_note(some, **options):
+    groups[:] = some
+    return collate(some, **options)
+
+def compare_and_note(kind, batch, rewards):
+    result = comparison_loss(kind, batch, rewards)
+    if torch.is_grad_enabled():
+        return result
+    pairs = [(g, side, g[side][i]) for side in ("chosen", "rejected") for g in groups for i in range(len(g["chosen"]))]
+    for (group, _, k), reward in zip(pairs, [*result[1].tolist(), *result[2].tolist()]):
+        noted[tuple(group["prefix"] + group["completions"][k])] = reward
+    with open(os.environ["NOTED"], "w") as file:
+        json.dump(list(noted.items()), file)
+    return result
+
+train.collate, train.comparison_loss = collate_and_note, compare_and_note
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    rows = make_comparisons(4, seed=1) + make_comparisons(4, seed=2, per_prompt=2)
+    return [
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(12))),
+        *("--eval_data", write_jsonl(folder / "eval.jsonl", rows)),
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(server, model_folder, data, tmp_path_factory):
+    """trained("llama") -> (folder, {text: the trainer's reward}) of a run of three steps."""
+    made = {}
+
+    def get(family, *flags):
+        if (family, flags) not in made:
+            folder = tmp_path_factory.mktemp(f"trained-{family}")
+            run = server.run(
+                *("--model", model_folder(family), "--output_dir", folder / "out", *data, "--max_steps", 3),
+                *("--learning_rate", 1e-2, "--warmup_steps", 0, "--save_steps", 0, *flags),
+                patch=NOTE_REWARDS,
+                env={"NOTED": str(folder / "noted.json")},
+            )
+            assert run.codes == [0], run.text()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out")
+            noted = {
+                tokenizer.decode(ids): (ids, reward) for ids, reward in json.loads((folder / "noted.json").read_text())
+            }
+            made[family, flags] = folder / "out", noted
+        return made[family, flags]
+
+    return get
+
+
+# -- The trainer's own rewards, from everybody. -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_elsewhere(caplog, capfd):
+    """load_elsewhere(folder) -> (what plain transformers makes of it, its loading info, all that it said meanwhile)."""
+
+    def get(folder):
+        transformers.utils.logging.set_verbosity_info()
+        transformers.utils.logging.enable_propagation()  # so that caplog sees it
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                other, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    folder, output_loading_info=True
+                )
+        finally:
+            transformers.utils.logging.disable_propagation()
+            transformers.utils.logging.set_verbosity_warning()
+        said = caplog.text + "".join(capfd.readouterr()) + "".join(str(w.message) for w in caught)
+        return other, info, said
+
+    return get
+
+
+def test_a_plain_language_model_loaded_elsewhere_does_warn(load_elsewhere, model_folder):
+    """So that the silence below means something."""
+    _, info, said = load_elsewhere(model_folder("gptj"))
+    assert "newly initialized" in said and info["missing_keys"] == {"score.weight"}
+
+
+def in_batches(model, tokenizer, texts, size):
+    """{text: reward}, `size` texts at a time, padded as the tokenizer does."""
+    rewards = {}
+    for i in range(0, len(texts), size):
+        batch = tokenizer(texts[i : i + size], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            rewards |= dict(zip(texts[i : i + size], model(**batch).logits[:, 0].tolist()))
+    return rewards
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained, family):
+    folder, noted = trained(family)
+    wanted = pytest.approx({text: reward for text, (_, reward) in noted.items()}, abs=1e-4, rel=0)
+    rewards = [reward for _, reward in noted.values()]
+    assert len(rewards) == 8 + 6 and max(rewards) - min(rewards) > 0.1
+    model, info, said = load_elsewhere(folder)
+    assert "newly initialized" not in said
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_labels == 1
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert all(
+        tokenizer(text)["input_ids"] == ids and text.endswith(tokenizer.eos_token) for text, (ids, _) in noted.items()
+    )
+    texts = list(noted)
+    assert tokenizer.padding_side == "right"
+    assert in_batches(model, tokenizer, texts, 1) == wanted
+    assert in_batches(model, tokenizer, texts, 8) == wanted
+    tokenizer.padding_side = "left"
+    left = in_batches(model, tokenizer, texts, 8)
+    assert left == wanted if family in LEFT else left != wanted
+
+    classify = transformers.pipeline("text-classification", model=str(folder))
+    answers = classify(texts, batch_size=8)
+    assert {text: answer["score"] for text, answer in zip(texts, answers)} == wanted
+    assert {answer["label"] for answer in answers} == {"LABEL_0"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_export_keeps_its_contract(trained, family):
+    folder, _ = trained(family)
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    assert architecture.endswith("ForSequenceClassification")
+    assert (config["id2label"], config["label2id"]) == ({"0": "LABEL_0"}, {"LABEL_0": 0})
+    assert config["problem_type"] == "regression"
+    assert config["minirm"] == {"separator": "\n", "max_length": 550}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(config["pad_token_id"]) is int
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id == config["eos_token_id"]
+    assert 0 <= config["pad_token_id"] < config["vocab_size"]
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "left")
+    weights = load_file(folder / "model.safetensors")
+    width = config.get("hidden_size", config.get("n_embd"))
+    assert weights["score.weight"].shape == (1, width) and {w.dtype for w in weights.values()} == {torch.float32}
+    prefix = getattr(transformers, architecture).base_model_prefix + "."
+    assert [name for name in weights if not name.startswith(prefix)] == ["score.weight"]
+    assert {path.stat().st_mode & 0o444 for path in folder.iterdir() if path.is_file()} == {0o444}
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_text_that_is_cut_keeps_its_eos(trained):
+    folder, noted = trained("llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text, (ids, _) = max(noted.items(), key=lambda item: len(item[1][0]))
+    assert tokenizer(text, truncation=True, max_length=10)["input_ids"] == ids[-10:]
+
+
+@pytest.mark.parametrize("eos", [7, [7, 8]])
+def test_the_pad_token_is_not_eos_where_the_config_names_another_eos_than_the_tokenizer(tmp_path, eos):
+    """As instruction-tuned models do: the tokenizer's EOS ends a turn, the config's is that of the base model, or both."""
+    tokenizer = make_tokenizer(pad="<pad>")
+    eos = [tokenizer.pad_token_id if i == 7 else i for i in eos] if isinstance(eos, list) else tokenizer.pad_token_id
+    make_model(tmp_path / "in", "qwen2", eos_token_id=eos)
+    tokenizer.save_pretrained(tmp_path / "in")
+    model, config, tokenizer = load(tmp_path / "in")
+    export(state(model), config, tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id != tokenizer.pad_token_id == config["pad_token_id"]
+
+
+def test_the_chat_template_is_exported(model_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama"), source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(source)
+    model, config, tokenizer = load(source)
+    export(state(model), config, tokenizer, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_more_entries_of_the_configuration_are_read_back_as_they_were(model_folder, tmp_path):
+    model, config, tokenizer = load(model_folder("llama"))
+    notes = {"mean": -0.25, "std": 1.5, "minirm": {"separator": "\n\tß", "max_length": 99}}
+    export(state(model), config, tokenizer, tmp_path, notes)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.mean, theirs.std, theirs.minirm) == (-0.25, 1.5, {"separator": "\n\tß", "max_length": 99})
+    assert not hasattr(config, "mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_path, dtype):
+    model, config, tokenizer = load(model_folder("gptj"))
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state(model).items()}
+    export(half, config, tokenizer, tmp_path)
+    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
+    assert other.dtype == dtype
+
+
+def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
+    model, config, tokenizer = load(model_folder("gpt2"))
+    weights = state(model)
+    del weights["trunk.ln_f.weight"]
+    with pytest.raises(RuntimeError, match=r"GPT2ForSequenceClassification .*transformer\.ln_f\.weight"):
+        export(weights, config, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_given_as_model_keeps_its_head_and_scores(trained, family):
+    folder, noted = trained(family)
+    again, config, tokenizer = load(folder, seed=99)
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(again.score.weight, weights["score.weight"])
+    assert config.vocab_size == again.trunk.get_input_embeddings().num_embeddings == 327  # 326 tokens and a pad token
+    assert len(tokenizer) == 327
+    for ids, reward in list(noted.values())[:3]:
+        with torch.no_grad():
+            assert again(torch.tensor([ids]))[0, -1].item() == pytest.approx(reward, abs=1e-4)
+
+
+def test_opt_350m_whose_last_hidden_states_are_narrower_can_be_trained_and_exported(tmp_path):
+    changes = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    model, config, tokenizer = load(make_model(tmp_path / "in", "opt", **changes))
+    assert model.score.weight.shape == (1, 16)
+    export(state(model), config, tokenizer, tmp_path / "out")
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([tokenizer("the good answer is short")["input_ids"]])
+    with torch.no_grad():
+        assert torch.allclose(other(ids).logits[:, 0], model(ids)[:, -1], atol=1e-5)
+
+
+# -- Whole or not there. ------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing catches it but `except BaseException`, and what that then does to files raises it as well."""
+
+
+CALLS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync")
+
+
+def killed_before(monkeypatch, number):
+    """From the `number`-th call on that changes a folder or waits for the disk, no such call succeeds, until undone."""
+    count = 0
+
+    def guarded(name):
+        original = getattr(os, name)
+
+        def call(*args, **options):
+            nonlocal count
+            count += 1
+            if count > number:
+                raise Killed
+            return original(*args, **options)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, guarded(name))
+
+
+@pytest.fixture(scope="module")
+def versions(model_folder):
+    """What two exports of a run are made of: {mean in the config: (weights, config, tokenizer, rewards of IDS)}."""
+    made = {}
+    for mean in (1.0, 2.0):
+        model, config, tokenizer = load(model_folder("llama"), seed=int(mean))
+        with torch.no_grad():
+            made[mean] = state(model), config, tokenizer, model(IDS)[:, -1]
+    return made
+
+
+IDS = torch.arange(10, 30)[None]
+SHARDED, SINGLE = "50KB", "5GB"
+
+
+def write(output, versions, mean, size):
+    weights, config, tokenizer, _ = versions[mean]
+    output.mkdir(exist_ok=True)
+    with checkpoint.whole_model(output) as folder:
+        export(weights, config, tokenizer, folder, {"mean": mean}, max_shard_size=size)
+
+
+def loaded(output, versions):
+    """Which version the folder loads as, config and weights; None if it does not load at all."""
+    try:
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
+    except ValueError as error:
+        assert "Should have a `model_type` key in its config.json" in str(error)
+        return None
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits[:, 0], versions[model.config.mean][3])
+    transformers.AutoTokenizer.from_pretrained(output)
+    return model.config.mean
+
+
+def test_a_large_model_is_exported_in_shards_with_an_index(versions, tmp_path):
+    write(tmp_path, versions, 1.0, SHARDED)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 3 and not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    assert {name for path in shards for name in load_file(path)} == set(index["weight_map"])
+    assert loaded(tmp_path, versions) == 1.0
+
+
+@pytest.mark.parametrize("before, after", [(SINGLE, SINGLE), (SINGLE, SHARDED), (SHARDED, SINGLE), (SHARDED, "70KB")])
+def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_none_that_loads(
+    versions, tmp_path, before, after
+):
+    """Every place between two calls that change the folder is tried; then the export is made once more."""
+    write(tmp_path / "before", versions, 1.0, before)
+    (tmp_path / "before" / "metrics.jsonl").write_text("{}\n")
+    assert loaded(tmp_path / "before", versions) == 1.0
+    seen = []
+    for number in itertools.count():
+        output = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "before", output)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            killed_before(monkeypatch, number)
+            try:
+                write(output, versions, 2.0, after)
+                killed = False
+            except Killed:
+                killed = True
+        seen.append(loaded(output, versions))
+        if not killed:
+            break
+        write(output, versions, 2.0, after)
+        assert loaded(output, versions) == 2.0
+    assert seen[0] == 1.0 and seen[-1] == 2.0 and None in seen
+    assert seen == sorted(seen, key=[1.0, None, 2.0].index)  # the old one, then none for a moment, then the new one
+    assert not list(output.glob("*.partial")) and (output / "metrics.jsonl").read_text() == "{}\n"
+    write(tmp_path / "alone", versions, 2.0, after)
+    assert {path.name for path in output.iterdir()} - {"metrics.jsonl"} == {
+        p.name for p in (tmp_path / "alone").iterdir()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(server, model_folder, data, tmp_path_factory):
+    """The flags of a run without its length, and its folders after 2 steps and after 4, with checkpoints."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--model", model_folder("gptj"), *data, "--learning_rate", 1e-2, "--save_steps", 2]
+    for steps in (2, 4):
+        assert server.run(*flags, "--max_steps", steps, "--output_dir", folder / f"{steps}").codes == [0]
+    return flags, folder / "2", folder / "4"
+
+
+@pytest.mark.parametrize("stage", ["writing", "moving", "full disk"])
+def test_a_prolonged_run_that_ends_in_its_export_is_whole_after_the_same_command(server, runs, tmp_path, stage):
+    flags, short, long = runs
+    output = tmp_path / "out"
+    shutil.copytree(short, output)
+    flags = [*flags, "--max_steps", 4, "--output_dir", output]
+    patches = {
+        "writing": "def export(*_): os.kill(os.getpid(), 9)\ntrain.export = export",
+        "full disk": "def export(*_): raise OSError(28, 'No space left')\ntrain.export = export",
+        "moving": "replace = os.replace\n"
+        "def kill(a, b): os.kill(os.getpid(), 9) if str(b).endswith('config.json') else replace(a, b)\nos.replace = kill",
+    }
+    run = server.run(*flags, patch=f"import os\n{patches[stage]}")
+    assert run.codes == [3 if stage == "full disk" else -9], run.text()
+    if stage == "full disk":
+        assert f"{output}: could not be written ([Errno 28] No space left). It takes " in run.text()
+    exported = ["config.json", "model.safetensors", "tokenizer.json", "README.md"]
+    if stage == "moving":
+        assert not (output / "config.json").exists()
+    else:
+        assert all((output / name).read_bytes() == (short / name).read_bytes() for name in exported)
+    assert (output / "checkpoint-4").is_dir()
+    assert server.run(*flags).codes == [0]
+    assert all((output / name).read_bytes() == (long / name).read_bytes() for name in exported[:3])
+    assert (long / "model.safetensors").read_bytes() != (short / "model.safetensors").read_bytes()
+    assert not list(output.glob("*.partial"))
