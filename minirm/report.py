@@ -43,7 +43,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder){half}
 
 def reward(prompts, completions, **_):
     texts = [p + {separator!r} + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
@@ -176,7 +176,9 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     Args: report: on the data; result: the evaluation of what is exported, a row of metrics.jsonl; output: the folder
     that has metrics.jsonl, and perhaps curves.png.
     """
-    said = [(flag, value) for flag, value in sorted(vars(args).items()) if flag not in UNSAID and value not in (None, False)]
+    said = [
+        (flag, value) for flag, value in sorted(vars(args).items()) if flag not in UNSAID and value not in (None, False)
+    ]
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("eval_loss") is not None] or [result]  # null: not finite
     some = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # ten, the first and the last among them
@@ -187,6 +189,9 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
         model=_typed(args.model),
         separator=args.separator,
         max_length=args.max_length,
+        half=""
+        if args.precision == "fp32"
+        else f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal",
         chat=CHAT if tokenizer.chat_template else "",
         eos=tokenizer.eos_token,
         text=json.dumps(f"prompt{args.separator}answer{tokenizer.eos_token}"),

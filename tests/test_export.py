@@ -7,6 +7,7 @@ is written down by a patch of train.py's process, and is what everybody else has
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 
@@ -33,16 +34,14 @@ def collate_and_note(some, **options):
     groups[:] = some
     return collate(some, **options)
 
-def compare_and_note(kind, batch, rewards):
-    result = comparison_loss(kind, batch, rewards)
-    if torch.is_grad_enabled():
-        return result
-    pairs = [(g, side, g[side][i]) for side in ("chosen", "rejected") for g in groups for i in range(len(g["chosen"]))]
-    for (group, _, k), reward in zip(pairs, [*result[1].tolist(), *result[2].tolist()]):
-        noted[tuple(group["prefix"] + group["completions"][k])] = reward
-    with open(os.environ["NOTED"], "w") as file:
-        json.dump(list(noted.items()), file)
-    return result
+def compare_and_note(args, batch, rewards):
+    if not torch.is_grad_enabled():  # an evaluation
+        pairs = [(g, g[side][i]) for side in ("chosen", "rejected") for g in groups for i in range(len(g["chosen"]))]
+        for (group, k), reward in zip(pairs, torch.cat(batch.end_rewards(rewards)).tolist()):
+            noted[tuple(group["prefix"] + group["completions"][k])] = reward
+        with open(os.environ["NOTED"], "w") as file:
+            json.dump(list(noted.items()), file)
+    return comparison_loss(args, batch, rewards)
 
 train.collate, train.comparison_loss = collate_and_note, compare_and_note
 """
@@ -68,7 +67,7 @@ def trained(server, model_folder, data, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"trained-{family}")
             run = server.run(
                 *("--model", model_folder(family), "--output_dir", folder / "out", *data, "--max_steps", 3),
-                *("--learning_rate", 1e-2, "--warmup_steps", 0, "--save_steps", 0, *flags),
+                *("--learning_rate", 1e-2, "--warmup_steps", 0, "--save_steps", 0, "--keep", "last", *flags),
                 patch=NOTE_REWARDS,
                 env={"NOTED": str(folder / "noted.json")},
             )
@@ -147,6 +146,12 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     left = in_batches(model, tokenizer, texts, 8)
     assert left == wanted if family in LEFT else left != wanted
 
+    # The function in the model card, as it stands there.
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    exec(code, card := {"folder": folder})  # noqa: S102 - of our own making
+    prompts, answers = zip(*(text.removesuffix(tokenizer.eos_token).split("\n") for text in texts))
+    assert dict(zip(texts, card["reward"](prompts, answers))) == wanted
+
     classify = transformers.pipeline("text-classification", model=str(folder))
     answers = classify(texts, batch_size=8)
     assert {text: answer["score"] for text, answer in zip(texts, answers)} == wanted
@@ -205,7 +210,9 @@ def test_the_chat_template_is_exported(model_folder, tmp_path):
     model, config, tokenizer = load(source)
     export(state(model), config, tokenizer, tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.chat_template == "{{ messages[0]['content'] }}"
+    assert theirs.chat_template == tokenizer.chat_template
+    text = theirs.apply_chat_template([{"role": "user", "content": "it"}], tokenize=False)
+    assert text == "it<|endoftext|>"  # as it is scored
 
 
 def test_more_entries_of_the_configuration_are_read_back_as_they_were(model_folder, tmp_path):
@@ -372,7 +379,7 @@ def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_
 def runs(server, model_folder, data, tmp_path_factory):
     """The flags of a run without its length, and its folders after 2 steps and after 4, with checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--model", model_folder("gptj"), *data, "--learning_rate", 1e-2, "--save_steps", 2]
+    flags = ["--model", model_folder("gptj"), *data, "--learning_rate", 1e-2, "--save_steps", 2, "--keep", "last"]
     for steps in (2, 4):
         assert server.run(*flags, "--max_steps", steps, "--output_dir", folder / f"{steps}").codes == [0]
     return flags, folder / "2", folder / "4"

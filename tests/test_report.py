@@ -175,17 +175,69 @@ def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
     assert f"padding in a micro-batch: {1 - sum(rows) / places:.1%} of its places (mean of 2)" in report
 
 
-def test_the_model_card_states_the_runs_numbers(data):
+EVALUATION = {
+    "step": 1000,
+    "eval_loss": 0.5,
+    "eval_accuracy": 0.71234,
+    "eval_accuracy_low": 0.68,
+    "eval_accuracy_high": 0.742,
+    "eval_pairs": 1320,
+    "eval_ties": 2,
+    "eval_length_accuracy": 0.55,
+    "eval_calibration_error": 0.031,
+    "eval_reward_mean": -0.25,
+    "eval_reward_std": 1.5,
+}
+
+
+def card(data, tokenizer, folder, rows, result):
+    write_jsonl(folder / "metrics.jsonl", rows)
+    flags = {
+        "model": "some/model",
+        "loss": "divergence",
+        "train_data": ["/home/me/x y.jsonl", "b.csv"],
+        "output_dir": "/home/me",
+    }
     args = SimpleNamespace(
-        model="some/model", loss="divergence", freeze_ratio=0.7, learning_rate=1e-5, precision="fp16", separator="\n"
+        **flags, separator="\n", max_length=99, precision="bf16", train_embeddings=True, eval_data=None
     )
-    result = {"eval_accuracy": 0.71234, "eval_pairs": 1320, "eval_ties": 2, "eval_loss": 0.5, "step": 1000}
-    card = model_card(args, data.report, result, result)
-    assert "| held-out accuracy | 0.7123 on 1,320 pairs (2 ties" in card
-    assert "| trained on | 4 pairs, 3 prompts, 1,000 optimizer steps |" in card
-    assert "text = prompt + '\\n' + answer + tokenizer.eos_token" in card and "last step" not in card
-    card = model_card(args, data.report, result, result | {"step": 2000, "eval_accuracy": 0.7, "eval_loss": 0.9})
-    assert (
-        "1,000 optimizer steps |\n| the run's last step, 2,000 | held-out accuracy 0.7000, loss 0.9000; the model is that of step 1,000 |"
-        in card
-    )
+    return model_card(args, data.report, result, tokenizer, folder)
+
+
+def test_the_model_card_states_the_runs_numbers(data, tokenizer, tmp_path):
+    rows = [{"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.5}, {"step": 10, "loss": 0.6}, EVALUATION]
+    text = card(data, tokenizer, tmp_path, rows, EVALUATION)
+    for line in (
+        "base_model: some/model",
+        "| accuracy | 0.7123, 95 % interval 0.6800 to 0.7420 |",
+        "| pairs | 1,320, of them 2 with equal rewards, which count as wrong |",
+        "| accuracy of choosing the longer answer | 0.5500 |",
+        "| calibration error | 0.0310 |",
+        "| rewards | mean -0.2500, standard deviation 1.5000 (`mean`, `std` in config.json) |",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)  # bf16; with dtype=torch.float32 fewer rewards are equal",
+        "4 pairs of 3 prompts; the model of step 1,000.",
+        r"train.py --loss divergence --max_length 99 --model some/model --precision bf16 --separator '\n' --train_data 'x y.jsonl' b.csv --train_embeddings",
+        "kept                                                   4             2",
+        r"""    -d '{"input": ["prompt\nanswer<|endoftext|>"], "use_activation": false}'    # data[0].probs[0] is the reward""",
+    ):
+        assert line in text.splitlines(), line
+    assert text.endswith("| 0 | 0.7000 | 0.5000 |\n| 1,000 | 0.5000 | 0.7123 |\n")
+    assert "apply_chat_template" not in text and "/home/me" not in text
+
+
+def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluations_and_the_picture(
+    data, tokenizer, tmp_path
+):
+    rows = [{**EVALUATION, "step": 100 * i, "eval_loss": None if i == 3 else 0.5} for i in range(41)]
+    (tmp_path / "curves.png").touch()
+    text = card(data, tokenizer, tmp_path, rows, EVALUATION)
+    assert "the model of step 1,000, where the held-out loss was lowest." in text
+    table = re.findall(r"^\| ([\d,]+) \| 0\.5000 \| 0\.7123 \|$", text, re.MULTILINE)
+    assert len(table) == 10 and table[0] == "0" and table[-1] == "4,000"
+    assert text.endswith("![curves](curves.png)\n")
+
+
+def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(data, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    assert "apply_chat_template" in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
