@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -31,11 +32,13 @@ from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.measure import TENTHS, describe, final_report, headline, measure, right_by_tenth
 from minirm.model import empty_model, export, load_config, load_weights
 from minirm.plan import make_plan, steps_per_epoch
+from minirm.plot import open_trackers, save_curves
 from minirm.report import model_card, start_report
 from minirm.rows import Batch, collate
 from minirm.sources import InputError, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
+TRACKERS = ["tensorboard", "wandb"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
@@ -100,6 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="export the model of the evaluation with the lowest eval_loss, that of step 0 aside, or the last one")
     add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
+    add("--report_to", nargs="+", default=["none"], choices=["none", *TRACKERS], help="trackers to send each row of metrics.jsonl to")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
     add("--cache_trunk", help="folder to keep the frozen layers' outputs in, computed once for all epochs and runs; off: none")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
@@ -125,6 +129,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise InputError(
                     f"--{name} does not go with --loss trlx; choose --loss divergence or last, or leave it away"
                 )
+    for name in set(args.report_to) & set(TRACKERS):
+        if not getattr(find_spec(name), "origin", None):  # None: a mere folder of that name
+            raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}")
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
@@ -218,6 +225,8 @@ def train(args: argparse.Namespace) -> None:
         )
 
     shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size)
+    trackers = []
+    shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
     if rank == 0:
         print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
         sample = make_plan(lengths["train"], pairs["train"], **cut)
@@ -303,6 +312,7 @@ def train(args: argparse.Namespace) -> None:
             line = json.dumps(json.loads(json.dumps(row), parse_constant=lambda _: None)) + "\n"
             with checkpoint.writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
                 file.write(line)
+            trackers[0](row)
             if "eval_loss" in row:
                 bar.write(headline(row))
 
@@ -438,6 +448,10 @@ def train(args: argparse.Namespace) -> None:
                 f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
             )
         print(f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained")
+        try:
+            save_curves([output], output / "curves.png")
+        except InputError as error:  # without matplotlib there is no picture, but a model
+            print(error)
 
 
 def main(argv: list[str] | None = None) -> int:

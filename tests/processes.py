@@ -100,6 +100,8 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import train
 
+    sys.modules["matplotlib"] = None  # as if it were not there: a picture of every run would take longer than the run
+
     codes: dict[int, int | None] = {}
 
     def ended(pid: int) -> bool:

@@ -1,0 +1,230 @@
+"""Pictures of runs, drawn from their metrics.jsonl alone: `python -m minirm.plot RUN [RUN ...] [--output FILE.png]`.
+
+One run: RUN/curves.png, as train.py leaves it at its end where matplotlib can be imported. Several: overlaid, in
+curves.png. What was not measured (rows of an older minirm, a run that was killed) is left out. For those who look on
+from elsewhere: TensorBoard and Weights & Biases.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from minirm.sources import InputError, one_line
+
+# Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = "os^Dvp"
+GREY = "0.45"
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.color": "0.92", "axes.axisbelow": True,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.8}  # fmt: skip
+POINTS = 100  # of a training curve; where there are more rows, as many in turn are taken together
+
+
+def read_rows(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl. A line that is none, as a killed run may leave the last one, is passed over.
+
+    Raises InputError if `run` is not the folder of a run.
+    """
+    rows = []
+    try:
+        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{run}: not a run, its metrics.jsonl cannot be read ({error.strerror})") from None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+    if not rows:
+        raise InputError(f"{run}: its metrics.jsonl has no row yet; wait until the run has evaluated once")
+    return rows
+
+
+def best_evaluation(rows: list[dict]) -> dict:
+    """The evaluation row with the lowest loss, step 0 aside unless there is no other; {} without any."""
+    evaluations = [row for row in rows if row.get("eval_loss") is not None]
+    trained = [row for row in evaluations if row["step"] > 0]
+    return min(trained or evaluations, key=lambda row: row["eval_loss"], default={})
+
+
+def training_curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values, at most POINTS: means over the pairs of some rows in a row, as the rows are means over pairs."""
+    rows = [row for row in rows if row.get(key) is not None and row.get("pairs")]
+    size = math.ceil(len(rows) / POINTS) or 1
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    means = [sum(row[key] * row["pairs"] for row in part) / sum(row["pairs"] for row in part) for part in parts]
+    return [part[-1]["step"] for part in parts], means
+
+
+def column(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a value."""
+    rows = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def save_curves(folders: list[Path], picture: Path) -> None:
+    """Draws the runs into `picture`. Raises InputError if matplotlib is not there, a folder is no run, or the picture
+    cannot be written.
+    """
+    names = [folder.resolve().name for folder in folders]
+    names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+    runs = {name: read_rows(folder) for name, folder in zip(names, folders)}
+    try:
+        figure = draw(runs)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{picture} needs {error.name}: pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
+        ) from None
+    try:
+        figure.savefig(picture, dpi=144, metadata={"Software": None})
+    except (OSError, ValueError) as error:  # ValueError: no such format
+        raise InputError(f"{picture}: cannot be written ({one_line(error)})") from None
+
+
+def draw(runs: dict[str, list[dict]]):
+    """{name: rows of metrics.jsonl} -> a matplotlib Figure. Made without pyplot, it leaves the global backend alone."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    one, bests, lines = len(runs) == 1, [best_evaluation(rows) for rows in runs.values()], []
+    when = f"held-out, step {bests[0].get('step', 0):,}" if one else "held-out, best step of each"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 9.5), layout="constrained")
+        loss, accuracy, rewards, calibration, position, scale = panels = list(figure.subplots(3, 2).flat)
+        for panel, title, x, y in [
+            (loss, "Loss", "optimizer step", "mean loss of a pair"),
+            (accuracy, "Accuracy", "optimizer step", "share of pairs right"),
+            (rewards, f"Rewards ({when})", "reward of an answer", "share of answers per unit of reward"),
+            (calibration, f"Calibration ({when})", "sigmoid of the difference in reward", "share of pairs right"),
+            (
+                position,
+                f"Along the answer ({when})",
+                "tenth of the answer, from the first difference on",
+                "share right",
+            ),
+            (scale, "Loss scaling (fp16)", "optimizer step", "loss scale"),
+        ]:
+            panel.set(title=title, xlabel=x, ylabel=y)
+        for n, (rows, best) in enumerate(zip(runs.values(), bests)):
+            color, marker = COLORS[n % len(COLORS)], f"{MARKERS[n % len(MARKERS)]}-"
+            other = COLORS[1] if one else color
+            for panel, key in ((loss, "loss"), (accuracy, "accuracy")):
+                panel.plot(*training_curve(rows, key), "--", color=other, linewidth=1, label="train")
+                line = panel.plot(*column(rows, f"eval_{key}"), marker, color=color, markersize=4, label="held-out")
+                if best:
+                    panel.plot(best["step"], best[f"eval_{key}"], "*", color=color, markeredgecolor="black", markersize=11,
+                               label="lowest held-out loss")  # fmt: skip
+            lines += line
+            (steps, low), (_, high) = column(rows, "eval_accuracy_low"), column(rows, "eval_accuracy_high")
+            if steps:
+                accuracy.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="95 % interval")
+            for side, line, shade in (("chosen", "-", color), ("rejected", "--", other)):
+                if sum(counts := (best.get("eval_histogram") or {}).get(side, [])):
+                    edges = best["eval_histogram"]["edges"]
+                    heights = [c / sum(counts) / (b - a) for c, a, b in zip(counts, edges, edges[1:])]
+                    rewards.stairs(heights, edges, color=shade, linestyle=line, linewidth=1.5, label=side)
+            if bins := [of for of in best.get("eval_calibration") or [] if of["pairs"]]:
+                error = f", error {best['eval_calibration_error']:.3f}" if one else ""
+                points = [of["predicted"] for of in bins], [of["observed"] for of in bins]
+                calibration.plot(*points, marker, color=color, markersize=4, label=f"measured{error}")
+                calibration.axline((0.5, 0.5), slope=1, color=GREY, linestyle=":", linewidth=1, label="perfect")
+            if shares := best.get("eval_accuracy_by_position"):
+                position.plot(
+                    range(1, len(shares) + 1), shares, marker, color=color, markersize=4, label="by the rewards there"
+                )
+            if best.get("eval_length_accuracy") is not None:
+                position.axhline(
+                    best["eval_length_accuracy"],
+                    color=other,
+                    linestyle=":",
+                    label="the longer answer is the chosen one",
+                )
+            scales, (_, skipped) = column(rows, "loss_scale"), column(rows, "skipped_steps")
+            if any(skipped) or set(scales[1]) - {1.0}:
+                scale.plot(*scales, drawstyle="steps-post", color=color, label="loss scale")
+                at = [i for i, count in enumerate(skipped) if count > (skipped[i - 1] if i else 0)]
+                scale.plot(*([values[i] for i in at] for values in scales), "x", color=color,
+                           label=f"skipped steps{f': {skipped[-1]}' if one else ''}")  # fmt: skip
+                scale.set_yscale("log", base=2)
+        for panel in panels:
+            handles, labels = panel.get_legend_handles_labels()
+            if handles:  # every label once; grey where the colour says which run it is
+                kept = dict(zip(labels[::-1], handles[::-1]))
+                legend = panel.legend([*kept.values()][::-1], [*kept][::-1])
+                for handle in [] if one else legend.legend_handles:
+                    handle.set_color(GREY)
+            else:
+                panel.set_axis_off()
+                text = "off: nothing is scaled in fp32 and bf16" if panel is scale else "not in metrics.jsonl"
+                panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=GREY)
+        if not one:
+            figure.legend(lines, list(runs), loc="outside upper center", ncols=min(4, len(runs)))
+    return figure
+
+
+def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -> Callable[[dict], None]:
+    """Opens what --report_to names. What is returned sends the numbers of a row of metrics.jsonl there.
+
+    They are called what transformers' Trainer calls them, `train/loss`, `eval/accuracy`. A run that goes on after `start`
+    steps does so in the same TensorBoard folder, where whatever came later is hidden, and in the same Weights & Biases
+    run, where whatever came later is there twice. Raises InputError if Weights & Biases refuses (no key, no network).
+    """
+    sinks = []
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # The evaluation of step `start` came before its checkpoint, that of step 0 comes (again) now.
+        writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
+        writer.add_text("args", json.dumps(arguments, indent=1), start)
+
+        def tensorboard(numbers: dict, step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        sinks.append(tensorboard)
+    if "wandb" in names:
+        import wandb
+
+        earlier = sorted(path.name for path in (output / "wandb").glob("*run-*-*"))  # ends with the id of the run
+        try:
+            run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "minirm"), dir=output, config=arguments, allow_val_change=True,
+                id=earlier[0].rpartition("-")[2] if earlier else None, resume="allow",
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise InputError(f"--report_to wandb: {one_line(error)}") from None
+        run.define_metric("train/global_step")
+        run.define_metric("*", step_metric="train/global_step", step_sync=True)
+        sinks.append(lambda numbers, step: run.log({**numbers, "train/global_step": step}))
+
+    def send(row: dict) -> None:
+        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)}
+        for sink in sinks:
+            sink({f"eval/{k[5:]}" if k[:5] == "eval_" else f"train/{k}": v for k, v in numbers.items()}, row["step"])
+
+    return send
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minirm.plot", description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of a run of train.py")
+    parser.add_argument("--output", type=Path, help="picture to write; default: curves.png, of one run in its folder")
+    args = parser.parse_args(argv)
+    picture = args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png"
+    try:
+        save_curves(args.runs, picture)
+        print(f"the curves are in {picture}")
+    except InputError as error:
+        print(f"minirm.plot: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""Pictures of runs, and trackers: `python -m pytest tests/test_plot.py`. Needs matplotlib; no network. Tiny runs of train.py.
+
+What is drawn is read back from matplotlib's own objects. The rows of `RUN` are made up so that every value is plain: the
+evaluation with the lowest loss is that of step 20, not the one before training, nor the last.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_comparisons, read_metrics, write_jsonl
+
+import train
+from minirm import plot
+from minirm.plot import open_trackers
+from minirm.sources import InputError
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def evaluation(step, loss, accuracy):
+    return {
+        "step": step, "eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": accuracy - 0.1,
+        "eval_accuracy_high": accuracy + 0.05, "eval_pairs": 8, "eval_length_accuracy": 0.25,
+        "eval_histogram": {"edges": [-2.0, 0.0, 2.0, 4.0], "chosen": [0, 2, 6], "rejected": [6, 2, 0]},
+        "eval_calibration": [{"predicted": 0.6, "observed": 0.5, "pairs": 4}, {"predicted": 0.9, "observed": 1.0, "pairs": 4}],
+        "eval_calibration_error": 0.1, "eval_accuracy_by_position": [0.1 * k for k in range(10)],
+    }  # fmt: skip
+
+
+def training(step, loss, accuracy, pairs, scale=1.0, skipped=0):
+    return {
+        "step": step,
+        "loss": loss,
+        "accuracy": accuracy,
+        "pairs": pairs,
+        "loss_scale": scale,
+        "skipped_steps": skipped,
+    }
+
+
+RUN = [
+    evaluation(0, 0.1, 0.5), training(10, 0.9, 0.5, 4, 65536.0), evaluation(20, 0.4, 0.75),
+    training(20, 0.6, 0.7, 4, 32768.0, 2), training(30, 0.3, 0.9, 4, 32768.0, 2), evaluation(30, 0.7, 0.7),
+]  # fmt: skip
+OLD = [
+    {
+        key: value
+        for key, value in row.items()
+        if key in ("step", "loss", "accuracy", "pairs", "eval_loss", "eval_accuracy")
+    }
+    for row in RUN
+]
+
+
+def lines(panel):
+    """{label: (x values, y values)} of a panel's lines."""
+    return {line.get_label(): tuple(map(list, line.get_data())) for line in panel.get_lines()}
+
+
+def write_run(folder, rows, end=""):
+    folder.mkdir()
+    write_jsonl(folder / "metrics.jsonl", rows).open("a").write(end)
+    return folder
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "minirm.plot", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_a_panel_shows_the_values_of_metrics_jsonl():
+    loss, accuracy, rewards, calibration, position, scale = plot.draw({"run": RUN}).axes
+    assert lines(loss) == {
+        "train": ([10, 20, 30], [0.9, 0.6, 0.3]),
+        "held-out": ([0, 20, 30], [0.1, 0.4, 0.7]),
+        "lowest held-out loss": ([20], [0.4]),
+    }
+    assert lines(accuracy)["held-out"] == ([0, 20, 30], [0.5, 0.75, 0.7])
+    assert lines(accuracy)["lowest held-out loss"] == ([20], [0.75])
+    (band,) = accuracy.collections
+    ends = sorted(tuple(point) for point in band.get_paths()[0].vertices if point[0] == 20)
+    assert ends[0] == pytest.approx((20, 0.65)) and ends[-1] == pytest.approx((20, 0.80))
+    # Of 8 answers 2 and 6, in bins of width 2: 2 / 8 / 2 and 6 / 8 / 2 of them per unit of reward.
+    heights = {patch.get_label(): list(patch.get_data().values) for patch in rewards.patches}
+    assert heights == {"chosen": [0, 0.125, 0.375], "rejected": [0.375, 0.125, 0]}
+    assert lines(calibration)["measured, error 0.100"] == ([0.6, 0.9], [0.5, 1.0])
+    assert lines(position)["by the rewards there"] == ([*range(1, 11)], RUN[2]["eval_accuracy_by_position"])
+    assert lines(position)["the longer answer is the chosen one"][1] == [0.25, 0.25]
+    assert lines(scale)["loss scale"] == ([10, 20, 30], [65536.0, 32768.0, 32768.0])
+    assert lines(scale)["skipped steps: 2"] == ([20], [32768.0])
+
+
+def test_every_panel_names_its_axes_and_what_is_in_it():
+    for runs in ({"run": RUN}, {"a": RUN, "b": RUN}):
+        figure = plot.draw(runs)
+        for panel in figure.axes:
+            assert panel.get_xlabel() and panel.get_ylabel() and panel.get_title()
+            labels = [text.get_text() for text in panel.get_legend().get_texts()]
+            assert labels and len(labels) == len(set(labels))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_several_runs_differ_in_colour_and_marker():
+    figure = plot.draw({"a": RUN, "b": OLD, "c": RUN})
+    held_out = [line for line in figure.axes[0].get_lines() if line.get_label() == "held-out"]
+    assert len({line.get_color() for line in held_out}) == len({line.get_marker() for line in held_out}) == 3
+
+
+def test_what_was_not_measured_is_left_out():
+    panels = plot.draw({"run": [*OLD, {**RUN[-1], "step": 40, "eval_loss": None, "eval_accuracy": None}]}).axes
+    assert lines(panels[0])["held-out"][0] == [0, 20, 30]  # a loss that is not finite is null in metrics.jsonl
+    texts = [[text.get_text() for text in panel.texts] for panel in panels]
+    assert texts == [[], [], *[["not in metrics.jsonl"]] * 3, ["off: nothing is scaled in fp32 and bf16"]]
+    assert not plot.draw({"run": [training(10, 1.0, 0.5, 4)]}).axes[1].collections  # killed before any evaluation
+
+
+def test_a_long_training_curve_keeps_its_exact_means_over_pairs():
+    """250 rows are drawn as 84 points of 3 (the last of 1): the first is (1*1 + 2*2 + 3*3) / (1 + 2 + 3) = 14/6."""
+    rows = [training(i, float(i), 0.5, i) for i in range(1, 251)]
+    steps, values = plot.training_curve(rows, "loss")
+    assert len(steps) == 84 and steps[:2] == [3, 6] and steps[-1] == 250
+    assert values[0] == pytest.approx(14 / 6) and values[-1] == 250
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    run = write_run(tmp_path / "run", RUN, end='{"step": 40, "los')
+    assert plot.read_rows(run) == RUN
+
+
+@pytest.mark.parametrize("content", [None, "", "not JSON\n", '[1]\n{"step": "x"}\n'])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=f"{tmp_path}: .*metrics.jsonl"):
+        plot.read_rows(tmp_path)
+
+
+def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(tmp_path):
+    a, b = write_run(tmp_path / "a", RUN), write_run(tmp_path / "b", OLD)
+    assert plot.main([str(a)]) == plot.main([str(a), str(b), "--output", str(tmp_path / "both.png")]) == 0
+    for picture in (a / "curves.png", tmp_path / "both.png"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 50_000
+    result = command(a, tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "not a run" in result.stderr
+    assert plot.main([str(a), "--output", str(tmp_path / "curves.nothing")]) == 2
+    assert plot.main([str(a), "--output", str(tmp_path / "nowhere" / "curves.png")]) == 2
+
+
+def test_drawing_leaves_the_global_backend_alone(tmp_path):
+    code = "import sys; from minirm import plot; plot.draw({'a': [{'step': 0, 'eval_loss': 1.0, 'eval_accuracy': 0.5}]}); import "
+    code += "matplotlib; print(matplotlib.rcParams._get_backend_or_none(), 'matplotlib.pyplot' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.split() == ["None", "False"]
+
+
+def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_folder, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", make_comparisons(8))
+    flags = [
+        "--model",
+        model_folder("gptj"),
+        "--train_data",
+        data,
+        "--eval_data",
+        data,
+        "--max_steps",
+        2,
+        "--logging_steps",
+        1,
+    ]
+    run = server.run(*flags, "--output_dir", tmp_path / "without")  # see processes.py
+    assert run.codes == [0] and not (tmp_path / "without" / "curves.png").exists()
+    assert (
+        f"curves.png needs matplotlib: pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
+        in run.text()
+    )
+    run = server.run(
+        *flags, "--output_dir", tmp_path / "with", world=2, patch="import sys; del sys.modules['matplotlib']"
+    )
+    assert run.codes == [0, 0] and (tmp_path / "with" / "curves.png").exists()
+    assert json.loads((tmp_path / "with" / "run.json").read_text())["finished"] == 2
+
+
+WANDB = """# Weights & Biases as far as minirm knows it: what it is told goes into a file of the run's folder.
+import json, os
+from pathlib import Path
+
+class Error(Exception): pass
+
+class Run:
+    def define_metric(self, *names, **options): self.write("define", [names, options])
+    def log(self, numbers): self.write("log", numbers)
+    def write(self, what, content):
+        with open(self.folder / "told.jsonl", "a") as file: file.write(json.dumps([what, content]) + "\\n")
+
+def init(dir, id=None, **options):
+    if os.environ.get("WANDB_REFUSES"): raise Error("no key\\n(log in)")
+    run, number = Run(), len(list(Path(dir).glob("wandb/*")))
+    run.folder = Path(dir) / "wandb" / f"run-{number}-{id or 'abc'}"
+    run.folder.mkdir(parents=True)
+    run.write("init", {"id": id, "rank": os.environ.get("RANK"), **options})
+    return run
+"""
+SENT = {"train/loss": 0.5, "train/epoch": 1.0, "train/global_step": 7}
+
+
+@pytest.fixture()
+def wandb(tmp_path, monkeypatch):
+    """A folder to import a stand-in for wandb from; told(output) reads what each of the runs there was told."""
+    package = tmp_path / "site" / "wandb" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text(WANDB)
+    monkeypatch.syspath_prepend(str(package.parent.parent))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield package.parent.parent
+    sys.modules.pop("wandb", None)
+
+
+def told(output):
+    files = sorted(output.glob("wandb/*/told.jsonl"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run(wandb, tmp_path):
+    arguments = {"freeze_ratio": 0.7}
+    send = open_trackers(["wandb"], tmp_path, arguments, 0)
+    send({"step": 7, "loss": 0.5, "epoch": 1.0, "grad_norm": float("nan"), "list": [1, 2]})
+    open_trackers(["wandb"], tmp_path, arguments, 7)({"step": 8, "eval_loss": 0.4, "eval_accuracy/code": 1.0})
+    first, second = told(tmp_path)
+    begun = {"rank": None, "project": "minirm", "config": arguments, "allow_val_change": True, "resume": "allow"}
+    assert first[0] == ["init", {"id": None, **begun}] and second[0] == ["init", {"id": "abc", **begun}]
+    steps = [["define", [["train/global_step"], {}]]]
+    steps += [["define", [["*"], {"step_metric": "train/global_step", "step_sync": True}]]]
+    assert first[1:] == [*steps, ["log", SENT]]
+    assert second[1:] == [*steps, ["log", {"eval/loss": 0.4, "eval/accuracy/code": 1.0, "train/global_step": 8}]]
+
+
+def test_wandb_that_refuses_ends_the_run_with_one_line(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_REFUSES", "1")
+    with pytest.raises(InputError, match=r"^--report_to wandb: no key.*log in") as error:
+        open_trackers(["wandb"], tmp_path, {}, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_train_py_reports_every_row_from_the_first_process_alone_and_goes_on_in_the_same_run(
+    wandb, server, model_folder, tmp_path
+):
+    data, output = write_jsonl(tmp_path / "data.jsonl", make_comparisons(8)), tmp_path / "run"
+    flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--logging_steps", 1]
+    flags += ["--save_steps", 2, "--output_dir", output, "--report_to", "none", "wandb"]
+    patch = f"import sys; sys.path.insert(0, {str(wandb)!r})"
+    assert server.run(*flags, "--max_steps", 2, world=2, patch=patch).codes == [0, 0]
+    assert server.run(*flags, "--max_steps", 3, world=2, patch=patch).codes == [0, 0]
+    first, second = told(output)
+    assert [(run[0][1]["id"], run[0][1]["rank"]) for run in (first, second)] == [(None, "0"), ("abc", "0")]
+    assert first[0][1]["config"]["freeze_ratio"] == 0.7
+    logged = [content for what, content in first + second if what == "log"]
+    rows = read_metrics(output)
+    assert [row["train/global_step"] for row in logged] == [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
+    assert [row.get("train/loss", row.get("eval/loss")) for row in logged] == [
+        row.get("loss", row.get("eval_loss")) for row in rows
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # a folder of that name, as wandb itself makes one, is no package
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="--report_to wandb: wandb is not installed; pip install wandb"):
+        train.parse_args(["--report_to", "wandb"])
+    assert train.parse_args([]).report_to == ["none"]
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
+    """Killed after step 4 with a checkpoint of step 2: what came after it must not be there twice."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    send = open_trackers(["tensorboard"], tmp_path, {"seed": 0}, 0)
+    for step in range(5):
+        send({"step": step, "loss": float(step), "name": "text", "eval_histogram": {"edges": []}})
+    send({"step": 2, "eval_accuracy": 0.5})
+    send = open_trackers(["tensorboard"], tmp_path, {"seed": 0}, 2)
+    for step in (3, 4, 5):
+        send({"step": step, "loss": 10.0 + step})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/accuracy", "train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 13),
+        (4, 14),
+        (5, 15),
+    ]
+    assert [(e.step, e.value) for e in events.Scalars("eval/accuracy")] == [(2, 0.5)]
