@@ -1,0 +1,213 @@
+"""How much to freeze: runs of train.py with 0, 30, 50, 70, 90 and 100 % of the layers frozen, several seeds each.
+
+    pip install -e ".[plot]"
+    OMP_NUM_THREADS=1 python tests/bench/freeze_sweep.py [--seeds 3] [--write] [flags of train.py]
+
+On the demo, and with the demo's model on ../shared/data/comparisons_{train,eval}.jsonl where that is there; with
+--train_data among the flags on that alone, with your model and your recipe: what fits your data is for your data to say.
+A seed stands for another order of the data and another head, not for other data or another model. Ratios take turns, so
+that a busy machine slows all of them, and every run has a process of its own.
+
+Stopped, it goes on with the same command: what is finished lies in --folder, and is taken if its flags are the same.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoConfig
+
+from minirm.demo import DEMO_DEFAULTS, build_demo
+from minirm.freeze import trained_layer_count
+from minirm.plot import COLORS, STYLE, best_evaluation, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RATIOS = [0.0, 0.3, 0.5, 0.7, 0.9, 1.0]
+MARKS = "<!-- sweep -->", "<!-- /sweep -->"
+COLUMNS = ["frozen", "layers trained", "held-out accuracy", "95 % interval", "over seeds", "at the end", "train, last epoch", "ms a pair",
+           "memory"]  # fmt: skip
+
+
+def data_sets(flags: list[str]) -> dict[str, list[str]]:
+    """{name: flags of train.py}."""
+    if "--train_data" in flags:
+        return {"your data": flags}
+    demo, shared = build_demo(), ROOT.parent / "shared" / "data"
+    tiny = [str(part) for name, value in DEMO_DEFAULTS.items() for part in (f"--{name}", value)] + [
+        "--model",
+        str(demo.model),
+    ]
+    sets = {"demo": [*tiny, "--train_data", str(demo.train), "--eval_data", str(demo.eval), *flags]}
+    train, held_out = (str(shared / f"comparisons_{part}.jsonl") for part in ("train", "eval"))
+    if Path(train).exists():  # answers of several hundred tokens, and an evaluation after every epoch
+        longer = ["--max_length", "512", "--num_train_epochs", "3", "--eval_steps", "35", "--logging_steps", "5"]
+        sets["real comparisons"] = [*tiny, "--train_data", train, "--eval_data", held_out, *longer, *flags]
+    return sets
+
+
+def peak_memory(command: list, **options) -> int:
+    """Bytes that a command needed at most."""
+    process = subprocess.Popen(list(map(str, command)), **options)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"exit code {os.waitstatus_to_exitcode(status)}: {' '.join(map(str, command))}")
+    return usage.ru_maxrss * 1024
+
+
+def run(folder: Path, flags: list[str]) -> dict:
+    """What one run of train.py came to; from its folder if it has been done already."""
+    done = folder / "result.json"
+    if done.exists() and (known := json.loads(done.read_text()))["flags"] == flags:
+        return known
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before = peak_memory([sys.executable, "-c", "import train"], cwd=ROOT)
+    begin = time.perf_counter()
+    with open(folder / "log", "w") as log:
+        command = [sys.executable, ROOT / "train.py", *flags, "--save_steps", 0, "--output_dir", folder / "run"]
+        peak = peak_memory(command, stdout=log, stderr=log)
+    took, rows = time.perf_counter() - begin, read_rows(folder / "run")
+    training, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    last = [r for r in training if r["epoch"] > training[-1]["epoch"] - 1]
+    best = best_evaluation(rows)
+    result = {
+        "flags": flags, "took": took, "memory": peak - before, "best": best["eval_accuracy"], "low": best["eval_accuracy_low"], "high": best["eval_accuracy_high"],
+        "best step": best["step"], "last": evaluations[-1]["eval_accuracy"], "last step": evaluations[-1]["step"],
+        "eval pairs": best["eval_pairs"], "train": sum(r["accuracy"] * r["pairs"] for r in last) / sum(r["pairs"] for r in last),
+        "seconds": [1 / r["pairs_per_second"] for r in training],
+    }  # fmt: skip
+    done.write_text(json.dumps(result))
+    return result
+
+
+def summary(results: list[dict]) -> dict:
+    """Of one ratio, over its seeds: means; the time is the median over all rows of metrics.jsonl."""
+    mean = {key: statistics.fmean(of[key] for of in results) for key in ("best", "low", "high", "last", "train")}
+    bests = [of["best"] for of in results]
+    seconds = statistics.median(second for of in results for second in of["seconds"])
+    return {**results[0], **mean, "bests": bests, "seconds": seconds, "memory": max(of["memory"] for of in results)}
+
+
+def table(sets: dict[str, dict[float, dict]], layers: int) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|-" * len(COLUMNS) + "|"]
+    for name, rows in sets.items():
+        lines.append(f"| **{name}** |" + " |" * (len(COLUMNS) - 1))
+        for ratio, row in rows.items():
+            spread = f"{min(row['bests']):.3f} to {max(row['bests']):.3f}"
+            cells = [f"{ratio:.0%}", f"{trained_layer_count(layers, ratio)} of {layers}", f"{row['best']:.3f}",
+                     f"{row['low']:.3f} to {row['high']:.3f}", spread, f"{row['last']:.3f}", f"{row['train']:.3f}",
+                     f"{1000 * row['seconds']:.1f}", f"{row['memory'] / 1e6:.0f} MB"]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(sets: dict[str, dict[float, dict]]) -> Figure:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        panels = figure.subplots(2, len(sets), sharex=True, squeeze=False, height_ratios=[3, 2])
+        for (accuracy, cost), (name, rows) in zip(panels.T, sets.items()):
+            x = [100 * ratio for ratio in rows]
+            of = {key: [row[key] for row in rows.values()] for key in ("best", "low", "high", "last", "train")}
+            bars = [
+                [b - low for b, low in zip(of["best"], of["low"])],
+                [high - b for b, high in zip(of["best"], of["high"])],
+            ]
+            accuracy.errorbar(
+                x, of["best"], bars, fmt="o-", color=COLORS[0], capsize=3, label="held-out, 95 % interval over prompts"
+            )
+            for n in range(min(len(row["bests"]) for row in rows.values())):
+                accuracy.plot(
+                    x,
+                    [row["bests"][n] for row in rows.values()],
+                    "_",
+                    color="black",
+                    label="_" * n + "held-out, each seed",
+                )
+            accuracy.plot(x, of["last"], "s:", color=COLORS[2], markersize=4, label="held-out, last evaluation")
+            accuracy.plot(x, of["train"], "^--", color=COLORS[1], markersize=4, label="train, last epoch")
+            accuracy.set(title=name, ylabel="share of pairs right")
+            for key, style, color, label in (
+                ("seconds", "o-", COLORS[0], "time per pair"),
+                ("memory", "s--", COLORS[4], "memory"),
+            ):
+                cost.plot(
+                    x,
+                    [row[key] / rows[min(rows)][key] for row in rows.values()],
+                    style,
+                    color=color,
+                    markersize=4,
+                    label=label,
+                )
+            cost.set(
+                xlabel="share of the layers frozen, %",
+                ylabel="share of what no freezing takes",
+                ylim=(0, None),
+                xticks=x,
+            )
+        for panel in panels[:, 0]:
+            panel.legend()
+    return figure
+
+
+def write(text: str, figure: Figure) -> None:
+    """Into README.md, between its two marks, and the picture beside this file."""
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    if any(old.count(mark) != 1 for mark in MARKS):
+        raise SystemExit(f"{readme}: expected {MARKS[0]} and {MARKS[1]} once each, around the place of the table")
+    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
+    readme.write_text(
+        f"{before}{MARKS[0]}\n![accuracy and cost by freeze ratio](tests/bench/freeze_sweep.png)\n\n{text}\n{MARKS[1]}{after}"
+    )
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=144, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "freeze_sweep", help="the runs, and freeze_sweep.png"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into README.md and the picture beside this file"
+    )
+    args, flags = parser.parse_known_args()
+    sets = data_sets(flags)
+    results: dict = {name: {ratio: [] for ratio in RATIOS} for name in sets}
+    begin = time.perf_counter()
+    for seed in range(args.seeds):
+        for name, of_set in sets.items():
+            for ratio in RATIOS:
+                folder = args.folder / name.replace(" ", "_") / f"ratio-{ratio}-seed-{seed}"
+                done = run(folder, [*of_set, "--freeze_ratio", str(ratio), "--seed", str(seed)])
+                results[name][ratio].append(done)
+                print(f"{name}, seed {seed}, {ratio:.0%} frozen: held-out {done['best']:.3f} after {done['best step']} steps, "
+                      f"{time.perf_counter() - begin:.0f} s so far", flush=True)  # fmt: skip
+    config = AutoConfig.from_pretrained(next(iter(sets.values()))[next(iter(sets.values())).index("--model") + 1])
+    rows = {name: {ratio: summary(of) for ratio, of in by_ratio.items()} for name, by_ratio in results.items()}
+    minutes = sum(of["took"] for by_ratio in results.values() for ofs in by_ratio.values() for of in ofs) / 60
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
+    counts = "; ".join(
+        f"{name}: {row[0.0]['last step']:,} steps, {row[0.0]['eval pairs']} held-out pairs"
+        for name, row in rows.items()
+    )
+    caption = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, {args.seeds} seeds, {device}, {minutes:.0f} minutes in all; {counts}"
+    text = f"{caption}\n\n{table(rows, config.num_hidden_layers)}"
+    print(text)
+    figure = picture(rows)
+    figure.savefig(args.folder / "freeze_sweep.png", dpi=144)
+    if args.write:
+        write(text, figure)
+
+
+if __name__ == "__main__":
+    main()
