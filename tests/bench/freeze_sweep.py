@@ -172,7 +172,9 @@ def write(text: str, figure: Figure) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "runs" / "freeze_sweep", help="the runs, and freeze_sweep.png"
