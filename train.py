@@ -433,6 +433,10 @@ def train(args: argparse.Namespace) -> None:
         if math.isfinite(result["eval_reward_std"]):  # OpenRLHF's names; it divides by std
             notes |= {"mean": result["eval_reward_mean"], "std": max(result["eval_reward_std"], 1e-8)}
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
+            try:
+                save_curves([output], output / "curves.png")
+            except InputError as error:  # without matplotlib there is no picture, but a model
+                print(error)
             with checkpoint.whole_model(output) as folder:
                 export(state, config, tokenizer, folder, notes)
                 (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
@@ -448,10 +452,6 @@ def train(args: argparse.Namespace) -> None:
                 f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
             )
         print(f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained")
-        try:
-            save_curves([output], output / "curves.png")
-        except InputError as error:  # without matplotlib there is no picture, but a model
-            print(error)
 
 
 def main(argv: list[str] | None = None) -> int:
