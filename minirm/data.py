@@ -8,7 +8,7 @@ An *example* is a prompt, its completions and comparisons between them (schemas.
     chosen, rejected, margin, subset, source   one entry a comparison; the first two are indices into completions
 
 Prompt and answer are tokenised together, as one text, so that the ids are those which any other program gets for it.
-Examples and groups lie on disk and are memory-mapped: what is held in memory is 8 bytes an example.
+Examples and groups lie on disk and are memory-mapped: what is held in memory is 24 bytes an example.
 """
 
 import hashlib
@@ -30,37 +30,38 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from minirm import schemas
+from minirm import schemas, sources
 from minirm.sources import InputError, fingerprint, one_line, read_rows
 
 MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, little enough for memory
 
+INT, FLOAT, TEXT = Value("int32"), Value("float32"), Value("string")
 TEXTS = datasets.Features(
     {
-        "prompt": Value("string"),  # of messages: as JSON
-        "texts": List(Value("string")),  # prompt and completion in one, for every completion
+        "prompt": TEXT,  # of messages: as JSON
+        "texts": List(TEXT),  # prompt and completion in one, for every completion
         "chat": Value("bool"),  # rendered by the chat template, special tokens and all
-        "chosen": List(Value("int32")),  # one entry a comparison: index into texts
-        "rejected": List(Value("int32")),
-        "margin": List(Value("float32")),
-        "subset": Value("string"),
-        "source": Value("int32"),  # number of the file
-        "where": Value("string"),  # "file:line"
+        "chosen": List(INT),  # one entry a comparison: index into texts
+        "rejected": List(INT),
+        "margin": List(FLOAT),  # 0: none
+        "subset": TEXT,
+        "source": INT,  # number of the file
+        "where": TEXT,  # "file:line"
     }
 )
 FEATURES = datasets.Features(
     {
-        "prefix": List(Value("int32")),
-        "completions": List(List(Value("int32"))),
-        "chosen": List(Value("int32")),
-        "rejected": List(Value("int32")),
-        "margin": List(Value("float32")),  # 0: none
-        "subset": List(Value("string")),
-        "source": List(Value("int32")),
-        "pairs": Value("int32"),
-        "prompt_pairs": Value("int32"),  # of the prompt; more than `pairs` where its over-long ones form another group
-        "shared_tokens": Value("int32"),  # prefix computed once
+        "prefix": List(INT),
+        "completions": List(List(INT)),
+        "chosen": List(INT),
+        "rejected": List(INT),
+        "margin": List(FLOAT),
+        "subset": List(TEXT),
+        "source": List(INT),
+        "pairs": INT,
+        "prompt_pairs": INT,  # of the prompt; more than `pairs` where its over-long ones form another group
+        "shared_tokens": INT,  # prefix computed once
     }
 )
 
@@ -89,43 +90,33 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
         try:
             tokenizer.chat_template = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--chat_template {path}: cannot be read ({one_line(error)}); expected a Jinja file"
-            ) from None
+            raise InputError(f"--chat_template {path}: not a Jinja file that can be read ({one_line(error)})") from None
     if not tokenizer.chat_template:
         return
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        template = tokenizer.get_chat_template()
+        text, template = tokenizer.apply_chat_template(turns, tokenize=False), tokenizer.get_chat_template()
     except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
-        if path:
-            raise InputError(
-                f"--chat_template {path}: does not render a question and an answer ({one_line(error)})"
-            ) from None
-        return  # and an error where messages come up
-    if text.rstrip() and tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1] in special_ids(tokenizer):
-        if text == text.rstrip():
-            return
-        end = "minirm_text.rstrip()"
-    else:
-        end = "minirm_text + eos_token"
+        if not path:
+            return  # an error where messages come up
+        raise InputError(
+            f"--chat_template {path}: cannot render a question and an answer ({one_line(error)})"
+        ) from None
+    ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+    ends = bool(ids) and ids[-1] in special_ids(tokenizer)
+    if ends and text == text.rstrip():
+        return
+    # The plus signs keep the whitespace that Jinja, as transformers sets it up, would take away beside a block. It does
+    # so with the last line break of a template.
     tokenizer.chat_template = (
-        "{% set minirm_text %}" + template.removesuffix("\n") + "{% endset %}"
-        "{{ minirm_text if add_generation_prompt else " + end + " }}"
+        "{% set minirm_text +%}" + template.removesuffix("\n") + "{%+ endset %}{{ minirm_text if add_generation_prompt "
+        "else " + ("minirm_text.rstrip()" if ends else "minirm_text + eos_token") + " }}"
     )
 
 
 def special_ids(tokenizer) -> set[int]:
     """Ids that can end a turn: EOS and all other special tokens."""
-    return {tokenizer.eos_token_id} | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-
-
-def join(prompt: str, answer: str, separator: str) -> str:
-    """Prompt and answer as one text, the separator between them unless whitespace already stands there."""
-    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
-        return prompt + answer
-    return prompt + separator + answer
+    return {tokenizer.eos_token_id} | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def render(tokenizer, messages: schemas.Messages, where: str) -> str:
@@ -143,6 +134,13 @@ def render(tokenizer, messages: schemas.Messages, where: str) -> str:
         raise InputError(f"{where}: the chat template refuses these messages ({one_line(error)})") from None
 
 
+def join(prompt: str, answer: str, separator: str) -> str:
+    """Prompt and answer as one text, the separator between them unless whitespace already stands there."""
+    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
+        return prompt + answer
+    return prompt + separator + answer
+
+
 def read_texts(
     source: str, tokenizer, separator: str, report: dict, keep: str = "worth", number: int = 0
 ) -> Iterator[dict]:
@@ -157,50 +155,39 @@ def read_texts(
     schema, counts = None, Counter()
     for where, row in read_rows(source):
         try:
-            if schema is None:
-                schema = schemas.recognise(row)
-                report["schema"] = schemas.describe(schema, row)
-            example = schema.convert(row)
-            subset = "" if row.get("subset") is None else str(row["subset"])
-            subset.encode()
-        except (ValueError, KeyError) as error:
-            what = f"no column {error}" if isinstance(error, KeyError) else one_line(error)
-            raise InputError(f"{where}: {what}") from None
-        answers = [c if isinstance(c, str) else "\n".join(m["content"] for m in c) for c in example.completions]
-        counts["read"] += len(example.pairs) + example.ties
-        counts["dropped: tie"] += example.ties
+            schema = schema or schemas.recognise(row)
+            example = schemas.to_example(schema, row)
+        except InputError as error:
+            raise InputError(f"{where}: {one_line(error)}") from None
+        if "schema" not in report:
+            report["schema"] = schemas.describe(schema, row)
+        prompt, completions, compared, ties, _, own_separator, subset = example
+        chat = not isinstance(completions[0], str)
+        answers = ["\n".join(m["content"] for m in turns) for turns in completions] if chat else completions
         pairs = []
-        for chosen, rejected, margin in example.pairs:
-            if keep == "worth" and answers[chosen] == answers[rejected]:
+        for pair in compared:
+            chosen, rejected = answers[pair[0]], answers[pair[1]]
+            if keep == "worth" and chosen == rejected:
                 counts["dropped: identical answers"] += 1
-            elif keep == "worth" and min(len(answers[chosen].split()), len(answers[rejected].split())) < MIN_WORDS:
+            elif keep == "worth" and min(len(chosen.split()), len(rejected.split())) < MIN_WORDS:
                 counts[f"dropped: answer under {MIN_WORDS} words"] += 1
             else:
-                pairs.append((chosen, rejected, margin or 0.0))
+                pairs.append(pair)
+        counts["read"] += len(compared) + ties
+        counts["dropped: tie"] += ties
         report.update(counts)
         if not pairs and keep != "all":
             continue
-        chat = not isinstance(example.completions[0], str)
         if chat:
-            texts = [render(tokenizer, example.prompt + completion, where) for completion in example.completions]
+            texts = [render(tokenizer, prompt + turns, where) for turns in completions]
         else:
-            texts = [join(example.prompt, completion, separator) for completion in example.completions]
+            own_separator = separator if own_separator is None else own_separator
+            texts = [join(prompt, answer, own_separator) for answer in completions]
+        chosen, rejected, margin = zip(*pairs) if pairs else ((), (), ())
         yield {
-            "prompt": json.dumps(example.prompt) if chat else example.prompt,
-            "texts": texts,
-            "chat": chat,
-            **{name: [pair[i] for pair in pairs] for i, name in enumerate(("chosen", "rejected", "margin"))},
-            "subset": subset,
-            "source": number,
-            "where": where,
-        }
-
-
-def prompt_key(example: dict) -> int:
-    """What makes two examples of the same prompt. Without a prompt each set of answers stands for itself."""
-    alone = example["prompt"] in ("", "[]")
-    text = "\0".join(["", *sorted(example["texts"])]) if alone else f"{example['chat']} {example['prompt']}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+            "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
+            "rejected": rejected, "margin": margin, "subset": subset, "source": number, "where": where,
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,21 +199,17 @@ def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) ->
     ends a turn in the chat template."""
     options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
     rows = tokenizer(texts, add_special_tokens=not chat, **options)["input_ids"]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = special_ids(tokenizer) if chat else set()
+    least = int(start == end and tokenizer("")["input_ids"][:1] == [end])  # a lone EOS that is BOS (OPT) stays
     for ids in rows:
-        while (
-            not chat and ids and ids[-1] == tokenizer.eos_token_id and not (len(ids) == 1 and _adds_bos(tokenizer, ids))
-        ):
+        while not chat and len(ids) > least and ids[-1] == end:
             ids.pop()
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        if len(ids) > 1 and ids[0] == ids[1] == start:
             del ids[0]
         if eos and not (ids and ids[-1] in ends):
-            ids.append(tokenizer.eos_token_id)
+            ids.append(end)
     return rows
-
-
-def _adds_bos(tokenizer, ids: list[int]) -> bool:
-    return ids[0] == tokenizer.bos_token_id and tokenizer("")["input_ids"][:1] == ids[:1]
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
@@ -248,55 +231,54 @@ def tokenise(
     group of their own. An answer that is too long by itself is dropped with its comparisons, or, unless `keep` is
     "worth", cut before its EOS.
     """
+    too_long = "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
     ids_of = {}
     for chat in (False, True):
-        texts = sorted({text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"]})
+        texts = [text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"]]
+        texts = list(dict.fromkeys(texts))
         ids_of |= {(chat, text): ids for text, ids in zip(texts, encode(tokenizer, texts, chat) if texts else ())}
     for examples in prompts:
         by_cut: dict[int, list[tuple]] = {}
         for example in examples:
             ids = [ids_of[example["chat"], text] for text in example["texts"]]
-            cut, ids, too_long = 0, dict(enumerate(ids)), 0
-            if max(map(len, ids.values())) > max_length:
-                cut, ids, too_long = fit(ids, example, tokenizer, max_length, overlong, keep)
+            cut, ids, shortened = fit(ids, example, tokenizer, max_length, overlong, keep)
             own, pairs = counts[example["source"]], []
             for chosen, rejected, margin in zip(example["chosen"], example["rejected"], example["margin"]):
                 if chosen not in ids or rejected not in ids:
-                    own[
-                        "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
-                    ] += 1
+                    own[too_long] += 1
                 elif keep == "worth" and ids[chosen] == ids[rejected]:
                     own["dropped: same tokens"] += 1
                 else:
                     pairs.append((chosen, rejected, margin))
-            own["kept, prompt cut"] += len(pairs) * (cut > 0)
-            own["kept, answer cut"] += len(pairs) * too_long
+                    own["kept, prompt cut"] += cut > 0
+                    own["kept, answer cut"] += chosen in shortened or rejected in shortened
             if pairs or keep == "all":
                 by_cut.setdefault(cut, []).append((example, ids, pairs))
         counts[examples[0]["source"]]["prompts"] += bool(by_cut)
         total = sum(len(pairs) for members in by_cut.values() for *_, pairs in members)
         for members in by_cut.values():
-            group, places = to_group(members, counts, every=keep == "all")
+            group, places = to_group(members, counts, keep == "all")
             yield group | {"prompt_pairs": total}, places
 
 
 def fit(
-    ids: dict[int, list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str
-) -> tuple[int, dict[int, list[int]], bool]:
-    """(tokens cut out of the prompt, the texts of the completions that fit then, whether an answer was cut as well)."""
-    longest = max(map(len, ids.values()))
+    sides: list[list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str
+) -> tuple[int, dict[int, list[int]], set[int]]:
+    """(tokens cut out of the prompt, {k: ids} of the texts that fit then, those of them whose answer is cut as well)."""
+    ids, longest = dict(enumerate(sides)), max(map(len, sides))
+    if longest <= max_length:
+        return 0, ids, set()
     if overlong == "error":
         raise InputError(
             f"{example['where']}: {longest} tokens, --max_length is {max_length}; raise --max_length, or choose --overlong "
             "truncate or drop"
         )
     if overlong == "drop":
-        return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, False
+        return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, set()
     # The prompt ends where the ids stop being those of the prompt alone.
     chat, prompt = example["chat"], example["prompt"]
     prompt = render(tokenizer, json.loads(prompt), example["where"]) if chat else prompt
-    nothing, alone = (encode(tokenizer, [text], chat, eos=False)[0] for text in ("", prompt))
-    sides = list(ids.values())
+    nothing, alone = encode(tokenizer, ["", prompt], chat, eos=False)
     # What the tokenizer puts before every text stays, BOS or more (GLM), and a BOS that the prompt brings along.
     start = common_prefix([nothing, alone, *sides]) or int(
         alone[:1] == [tokenizer.bos_token_id] and all(side[:1] == alone[:1] for side in sides)
@@ -306,8 +288,8 @@ def fit(
         ids = {k: text for k, text in ids.items() if len(text) - room <= max_length}
     cut = min(room, max([len(text) - max_length for text in ids.values()] + [0]))
     ids = {k: text[:start] + text[start + cut :] for k, text in ids.items()}
-    short = {k: text if len(text) <= max_length else text[: max_length - 1] + text[-1:] for k, text in ids.items()}
-    return cut, short, short != ids
+    shortened = {k for k, text in ids.items() if len(text) > max_length}
+    return cut, ids | {k: ids[k][: max_length - 1] + ids[k][-1:] for k in shortened}, shortened
 
 
 def to_group(
@@ -321,14 +303,14 @@ def to_group(
         wanted = ids if every else sorted({k for pair in compared for k in pair[:2]})
         place = {k: index.setdefault(tuple(ids[k]), len(index)) for k in wanted}
         places.append((example, place))
-        pairs += [(place[c], place[r], margin, example) for c, r, margin in compared]
+        pairs += [(place[c], place[r], margin, example["subset"], example["source"]) for c, r, margin in compared]
     texts = [list(ids) for ids in index]
     # A text that is the beginning of another (its answer contains EOS), or equal, keeps its last token as completion.
     shared = min(common_prefix(texts), min(map(len, texts)) - 1)
     separate_tokens = sum(map(len, texts))
     shared_tokens = separate_tokens - shared * (len(texts) - 1)
-    for chosen, rejected, _, example in pairs:
-        own, longer = counts[example["source"]], len(texts[chosen]) - len(texts[rejected])
+    for chosen, rejected, *_, source in pairs:
+        own, longer = counts[source], len(texts[chosen]) - len(texts[rejected])
         own["kept"] += 1
         own["longer answer chosen"] += longer > 0
         own["shorter answer chosen"] += longer < 0
@@ -337,18 +319,10 @@ def to_group(
     own["separate tokens"] += separate_tokens
     own["longest"] = max(own["longest"], *map(len, texts))
     own["largest id"] = max(own["largest id"], *map(max, texts))
-    group = {
-        "prefix": texts[0][:shared],
-        "completions": [ids[shared:] for ids in texts],
-        "chosen": [c for c, *_ in pairs],
-        "rejected": [r for _, r, *_ in pairs],
-        "margin": [margin for *_, margin, _ in pairs],
-        "subset": [example["subset"] for *_, example in pairs],
-        "source": [example["source"] for *_, example in pairs],
-        "pairs": len(pairs),
-        "shared_tokens": shared_tokens,
-    }
-    return group, places
+    names = ("chosen", "rejected", "margin", "subset", "source")
+    group = {name: [pair[i] for pair in pairs] for i, name in enumerate(names)}
+    group |= {"prefix": texts[0][:shared], "completions": [ids[shared:] for ids in texts]}
+    return group | {"pairs": len(pairs), "shared_tokens": shared_tokens}, places
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,22 +330,35 @@ def to_group(
 
 
 class Texts(NamedTuple):
-    rows: datasets.Dataset  # TEXTS
+    rows: datasets.Dataset  # N of TEXTS
     keys: Tensor  # [N] int64: equal for examples of the same prompt
+    sources: Tensor  # [N] int64: number of the file
+    pairs: Tensor  # [N] int64: how many comparisons
     report: list[dict]  # of each source
+
+    def compared(self, chosen: Tensor) -> list[int]:
+        """[N] bool, which examples -> how many comparisons they hold, for each source."""
+        return self.sources[chosen].bincount(self.pairs[chosen], minlength=len(self.report)).long().tolist()
 
 
 def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str) -> Texts:
-    """All examples of some sources, as a file beside which only their keys are in memory."""
-    keys, report = array("q"), [{"source": source, "read": 0} for source in sources]
+    """All examples of some sources, in a file."""
+    columns, report = array("q"), [{"source": source, "read": 0} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number)
-            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False):
-                keys.append(prompt_key(example))
+            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None):
+                columns.extend((prompt_key(example), number, len(example["chosen"])))
                 writer.write(example)
         writer.finalize()
-    return Texts(datasets.Dataset.from_file(str(path)), torch.tensor(keys, dtype=torch.int64), report)
+    return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(columns).long().view(-1, 3).unbind(1), report)
+
+
+def prompt_key(example: dict) -> int:
+    """What makes two examples of the same prompt. Without a prompt each set of answers stands for itself."""
+    alone = example["prompt"] in ("", "[]")
+    text = "\0".join(["", *sorted(example["texts"])]) if alone else f"{example['chat']} {example['prompt']}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
@@ -380,16 +367,20 @@ def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
     chosen: [N] bool, which examples.
     """
     rows = chosen.nonzero().flatten()
+    if not len(rows):
+        return
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
     first = torch.full_like(place, len(rows)).scatter_reduce_(0, prompt, place, "amin")[prompt]
     order = first.argsort(stable=True)
     bounds = [0, *((first[order].diff() != 0).nonzero().flatten() + 1).tolist(), len(rows)]
-    for start in tqdm(range(0, len(bounds) - 1, CHUNK), desc="tokenising", unit=f"x{CHUNK} prompts", leave=False):
-        here = bounds[start : start + CHUNK + 1]
-        columns = texts.rows[rows[order[here[0] : here[-1]]].tolist()]
-        examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        yield [examples[a - here[0] : b - here[0]] for a, b in pairwise(here)]
+    with tqdm(total=len(bounds) - 1, desc="tokenising", unit=" prompts", leave=False, disable=None) as bar:
+        for begin in range(0, len(bounds) - 1, CHUNK):
+            here = bounds[begin : begin + CHUNK + 1]
+            columns = texts.rows[rows[order[here[0] : here[-1]]].tolist()]
+            examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            yield [examples[a - here[0] : b - here[0]] for a, b in pairwise(here)]
+            bar.update(len(here) - 1)
 
 
 def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
@@ -419,10 +410,10 @@ def prepare(
     if not eval_data and not 0 < eval_fraction < 1:
         raise InputError(f"--eval_fraction must lie between 0 and 1, got {eval_fraction}")
     rules = {"max_length": max_length, "overlong": overlong}
-    sources = {"train": [*map(fingerprint, train_data)], "eval": [*map(fingerprint, eval_data)]}
-    code = "".join(Path(module).read_text() for module in (__file__, schemas.__file__))
-    arguments = [rules, separator, *([] if eval_data else [eval_fraction, seed])]
-    state = [code, tokenizer_state(tokenizer), arguments, sources, [*train_data], [*eval_data]]
+    prints = {"train": [*map(fingerprint, train_data)], "eval": [*map(fingerprint, eval_data)]}
+    code = [Path(module).read_text() for module in (__file__, schemas.__file__, sources.__file__)]
+    split = None if eval_data else [eval_fraction, seed]
+    state = [code, tokenizer_state(tokenizer), rules, separator, split, prints, [*train_data], [*eval_data]]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
@@ -449,7 +440,7 @@ def prepare(
                 f"{', '.join(named)}: nothing left to {part} on: {total['read']:,} comparisons read; {why}"
             )
     parts = [datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")]
-    return Prepared(*parts, report, sources)
+    return Prepared(*parts, report, prints)
 
 
 def write_groups(
@@ -459,48 +450,36 @@ def write_groups(
     train = store(folder / "train.texts", train_data, tokenizer, separator, "worth")
     if eval_data:
         held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled")
-        picked = {"train": torch.ones_like(train.keys) > 0, "eval": torch.ones_like(held_out.keys) > 0}
-        for source, n in compared(held_out, torch.isin(held_out.keys, train.keys)).items():
-            held_out.report[source]["prompt also in the training data"] = n
+        parts = {"train": (train, train.pairs > 0, "worth"), "eval": (held_out, held_out.pairs > 0, "labelled")}
+        known = held_out.compared(torch.isin(held_out.keys, train.keys))
+        for row, n in zip(held_out.report, known):
+            row["prompt also in the training data"] = n
     else:
         out = hold_out(train.keys, eval_fraction, seed)
-        picked = {"train": ~out, "eval": out}
-        held_out = Texts(train.rows, train.keys, [{"source": "held out", "read": 0}] * len(train_data))
-        for source, n in compared(train, out).items():
-            train.report[source]["held out"] = n
-            held_out.report[0]["read"] += n
+        read = [{"source": row["source"], "read": n} for row, n in zip(train.report, train.compared(out))]
+        parts = {"train": (train, ~out, "worth"), "eval": (train._replace(report=read), out, "worth")}
+        for row, moved in zip(train.report, read):
+            row["held out"] = moved["read"]
     report = {}
-    for part, texts in (("train", train), ("eval", held_out)):
-        keep = "labelled" if part == "eval" and eval_data else "worth"
-        counts = [Counter() for _ in texts.report] if texts is train or eval_data else [Counter()] * len(texts.report)
+    for part, (texts, picked, keep) in parts.items():
+        counts = [Counter() for _ in texts.report]
         with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES) as writer:
-            for prompts in by_prompt(texts, picked[part]):
+            for prompts in by_prompt(texts, picked):
                 for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules):
                     writer.write(group)
             writer.finalize()
-        whole = [row | own for row, own in zip(texts.report, counts)]
-        report[part] = whole if texts is train or eval_data else whole[:1]
+        report[part] = [row | own for row, own in zip(texts.report, counts)]
     return report
-
-
-def compared(texts: Texts, chosen: Tensor) -> Counter:
-    """{number of a source: comparisons} among the chosen [N] bool examples."""
-    columns = texts.rows.select_columns(["source", "chosen"])[chosen.nonzero().flatten().tolist()]
-    count: Counter = Counter()
-    for source, pairs in zip(columns["source"], columns["chosen"]):
-        count[source] += len(pairs)
-    return count
 
 
 def totals(report: Iterable[dict]) -> Counter:
     """The counts of all sources of a part in one."""
     total: Counter = Counter()
-    for row in report:
-        for name, value in row.items():
-            if name in ("longest", "largest id"):
-                total[name] = max(total[name], value)
-            elif isinstance(value, int):
-                total[name] += value
+    for name, value in (item for row in report for item in row.items()):
+        if name in ("longest", "largest id"):
+            total[name] = max(total[name], value)
+        elif isinstance(value, int):
+            total[name] += value
     return total
 
 

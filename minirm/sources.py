@@ -18,11 +18,18 @@ class InputError(ValueError):
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) for every row of a file or dataset; `where` is "file:line" for an error message.
+    """(where, row) for every row of a file or dataset; `where` is "file:line" for an error message. Raises InputError.
 
     JSON and CSV are read line by line here, not by `datasets`, which infers one type for a column and so cannot tell
     in which line a wrong one stands, turns the CSV answer "NA" into nothing, and stumbles over columns not needed.
     """
+    for where, row in _rows(source):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with the columns chosen and rejected, got {shown(row)}")
+        yield where, row
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.suffix in (".csv", ".json", ".jsonl"):
         reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}[path.suffix]

@@ -17,6 +17,8 @@ import transformers
 from processes import Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from minirm.sources import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real comparisons, beside a checkout on some machines only
 WORDS = ["the", "a", "good", "bad", "answer", "question", "is", "was", "not", "very", "short", "long", "clear", "wrong"]
@@ -86,6 +88,15 @@ def make_comparisons(count: int, seed: int = 0, per_prompt: int = 1) -> list[dic
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def refusal(call, *arguments, **options) -> str:
+    """The message of the InputError that a call raises: one line."""
+    with pytest.raises(InputError) as caught:
+        list(call(*arguments, **options))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int = 240) -> subprocess.CompletedProcess:

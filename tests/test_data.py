@@ -1,35 +1,21 @@
-"""From files to groups of token ids: `python -m pytest tests/test_data.py`. No network; two tests start processes.
+"""From examples to groups of token ids: `python -m pytest tests/test_data.py`. No network; two tests start processes.
 
 Where tokens are counted, the tokenizer knows no merges: one token a character, and one for EOS (and for BOS).
 """
 
-import csv
-import json
 import os
 import subprocess
 import sys
 from collections import Counter
 
-import datasets
 import pytest
+import torch
 import transformers
-from conftest import ROOT, make_comparisons, make_tokenizer, write_jsonl
+from conftest import ROOT, make_comparisons, make_tokenizer, refusal, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 import minirm.data
-from minirm.data import (
-    Comparison,
-    InputError,
-    common_prefix,
-    encode,
-    hold_out,
-    join,
-    prepare,
-    read_comparisons,
-    read_rows,
-    to_comparison,
-    tokenise,
-)
+from minirm.data import common_prefix, encode, hold_out, join, prepare, prompt_key, read_texts, tokenise
 
 NINE, ELEVEN = "a b c d e", "a b c d e f"  # five and six words
 
@@ -50,250 +36,17 @@ def with_template(template, eos="</s>", bos="<s>", more=None):
     )
 
 
-def comparisons_of(source, measured=False):
-    counts = Counter()
-    return [c._replace(where="") for c in read_comparisons(str(source), counts, measured)], counts
-
-
-def refusal(call, *arguments, **options):
-    """The message of the InputError that a call raises: one line."""
-    with pytest.raises(InputError) as caught:
-        result = call(*arguments, **options)
-        list(result)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-ROWS = [
-    {"prompt": "What?", "chosen": NINE, "rejected": ELEVEN, "margin": 1.5, "subset": "chat"},
-    {"prompt": 'A "quoted", comma\nand a line', "chosen": "NA null 1 2 3", "rejected": "ünï côdé 語 🙂 x", "margin": 2.0, "subset": ""},
-    {"prompt": "", "chosen": " leading and trailing space kept ", "rejected": ELEVEN, "margin": 3.0, "subset": "chat"},
-]  # fmt: skip
-
-
-def write_csv(path, rows, encoding="utf-8"):
-    with open(path, "w", encoding=encoding, newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_as(kind, folder, rows):
-    if kind == "jsonl":
-        return write_jsonl(folder / "x.jsonl", rows)
-    if kind == "json lines":
-        return write_jsonl(folder / "x.json", rows)
-    if kind == "json array":
-        (folder / "x.json").write_text(json.dumps(rows, indent=1))
-        return folder / "x.json"
-    if kind == "csv":
-        return write_csv(folder / "x.csv", rows)
-    if kind == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet(folder / "x.parquet")
-        return folder / "x.parquet"
-    (folder / "set").mkdir()
-    if kind == "folder of parquet":
-        datasets.Dataset.from_list(rows).to_parquet(folder / "set" / "train.parquet")
-    else:
-        write_jsonl(folder / "set" / "train.jsonl", rows)
-    return folder / "set"
-
-
-KINDS = ["jsonl", "json lines", "json array", "csv", "parquet", "folder of parquet", "folder of jsonl"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_same_comparisons(kind, tmp_path):
-    found, counts = comparisons_of(write_as(kind, tmp_path, ROWS))
-    assert found == [Comparison(*row.values()) for row in ROWS]
-    assert counts == {"read": 3}
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path, encoding):
-    rows = [{"chosen": NINE, "rejected": ELEVEN}]
-    for path in (tmp_path / "x.jsonl", tmp_path / "x.json"):
-        path.write_text(json.dumps(rows[0]) + "\n", encoding=encoding)
-        assert comparisons_of(path)[0] == [Comparison("", NINE, ELEVEN, None, "")]
-    (tmp_path / "x.json").write_text(f"  \n{json.dumps(rows)}", encoding=encoding)
-    assert len(comparisons_of(tmp_path / "x.json")[0]) == 1
-    assert len(comparisons_of(write_csv(tmp_path / "x.csv", rows, encoding))[0]) == 1
-
-
-def test_a_split_of_a_dataset_is_named_behind_a_colon(tmp_path):
-    for split, count in (("train", 3), ("test", 1)):
-        write_jsonl(tmp_path / f"{split}.jsonl", ROWS[:count])
-    assert [len(comparisons_of(f"{tmp_path}{split}")[0]) for split in ("", ":train", ":test")] == [3, 3, 1]
-    message = refusal(read_rows, f"{tmp_path}:validation")
-    assert message.startswith(f"{tmp_path}:validation: ") and "validation" in message
-
-
-def test_blank_lines_and_windows_line_ends_are_nothing(tmp_path):
-    line = json.dumps({"chosen": NINE, "rejected": ELEVEN})
-    (tmp_path / "x.jsonl").write_bytes(f"\r\n{line}\r\n  \r\n\n{line}".encode())
-    assert [where for where, _ in read_rows(str(tmp_path / "x.jsonl"))] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 5)]
-
-
-def test_a_very_long_csv_field_is_read(tmp_path):
-    rows = [{"chosen": "a " * 100_000, "rejected": ELEVEN}]
-    assert comparisons_of(write_csv(tmp_path / "x.csv", rows))[0][0].chosen == rows[0]["chosen"]
-
-
-def test_missing_and_empty_prompts_margins_and_subsets_are_no_prompt_no_margin_no_subset(tmp_path):
-    texts = {"chosen": NINE, "rejected": ELEVEN}
-    empty = [{}, {"prompt": None, "margin": None, "subset": None}, {"prompt": "", "margin": "", "subset": ""}]
-    found, _ = comparisons_of(write_jsonl(tmp_path / "x.jsonl", [{**texts, **row} for row in empty]))
-    assert found == [Comparison("", NINE, ELEVEN, None, "")] * 3
-
-
-def test_columns_of_no_use_may_hold_anything(tmp_path):
-    rows = [{"chosen": NINE, "rejected": ELEVEN, "x": value} for value in (1, "a", None, [1], {"y": 2})]
-    assert comparisons_of(write_jsonl(tmp_path / "x.jsonl", rows))[1] == {"read": 5}
-
-
-@pytest.mark.parametrize("margin, value", [(2, 2.0), (0.5, 0.5), ("1.5", 1.5), ("", None), (None, None)])
-def test_margins(margin, value):
-    assert to_comparison({"chosen": "a", "rejected": "b", "margin": margin}, "x:1").margin == value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
-
-
-@pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet"])
-def test_a_missing_file_is_refused(characters, tmp_path, name):
-    message = refusal(prepare, characters, str(tmp_path / name), cache_dir=tmp_path)
-    assert message == f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .parquet file"
-
-
-def test_a_folder_with_the_name_of_a_file_is_refused(characters, tmp_path):
-    (tmp_path / "x.jsonl").mkdir()
-    assert "Is a directory" in refusal(prepare, characters, str(tmp_path / "x.jsonl"), cache_dir=tmp_path)
+def read(source, keep="worth"):
+    """(examples, report) of a file."""
+    report = {}
+    return list(read_texts(str(source), make_tokenizer(), "|", report, keep)), report
 
 
 def test_a_missing_evaluation_file_is_refused_before_anything_is_tokenised(characters, tmp_path, monkeypatch):
     monkeypatch.setattr(minirm.data, "tokenise", lambda *_, **__: pytest.fail("tokenised"))
     train = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(10)))
-    message = refusal(prepare, characters, train, str(tmp_path / "none.jsonl"), cache_dir=tmp_path)
+    message = refusal(prepare, characters, [train], [str(tmp_path / "none.jsonl")], cache_dir=tmp_path)
     assert message.startswith(f"{tmp_path}/none.jsonl: No such file")
-
-
-@pytest.mark.parametrize("name", ["no-such-dataset", "no/such-dataset", "no/such-dataset:train", "x.txt"])
-def test_an_unknown_dataset_is_refused(characters, tmp_path, name):
-    message = refusal(prepare, characters, name, cache_dir=tmp_path)
-    assert message.startswith(
-        f"{name}: neither a .jsonl, .json, .csv, .parquet file nor a dataset that can be loaded ("
-    )
-
-
-GOOD = json.dumps({"prompt": "p", "chosen": NINE, "rejected": ELEVEN})
-
-
-@pytest.mark.parametrize(
-    "line, wanted",
-    [
-        ("not json", "not JSON (Expecting value: line 1 column 1 (char 0)); expected one object a line"),
-        (GOOD[:-5], "not JSON (Invalid control character at: line 1 column 61"),
-        (GOOD + GOOD, "not JSON (Extra data"),
-        ("[" * 100_000, "not JSON (maximum recursion depth"),
-        ('{"margin": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit (4300 digits)"),
-        ("[1, 2]", "expected an object with the columns chosen and rejected, got list [1, 2]"),
-        ("null", "expected an object with the columns chosen and rejected, got NoneType null"),
-        ('"chosen"', 'expected an object with the columns chosen and rejected, got str "chosen"'),
-        ("{}", "no column 'chosen'; expected prompt (optional), chosen, rejected; found none"),
-        ('{"prompt": "p", "chosen": "c", "answer": "a"}', "no column 'rejected'; expected prompt (optional), chosen, rejected; found prompt, chosen, answer"),
-        ('{"question": "p", "answer": "a"}', "no column 'chosen'; expected prompt (optional), chosen, rejected; found question, answer"),
-        ('{"chosen": 5, "rejected": "r"}', "'chosen' must be a string, got int 5"),
-        ('{"chosen": "c", "rejected": null}', "'rejected' must be a string, got NoneType null"),
-        ('{"chosen": "c", "rejected": ["r"]}', "'rejected' must be a string, got list [\"r\"]"),
-        ('{"prompt": {"a": 1}, "chosen": "c", "rejected": "r"}', "'prompt' must be a string, got dict {\"a\": 1}"),
-        ('{"chosen": "c", "rejected": true}', "'rejected' must be a string, got bool true"),
-        ('{"prompt": 7, "chosen": "c", "rejected": "r"}', "'prompt' must be a string, got int 7"),
-        ('{"chosen": "\\ud800 half", "rejected": "r"}', "'chosen' is not valid Unicode ('utf-8' codec can't encode"),
-        ('{"chosen": "c", "rejected": "r", "subset": "\\ud800"}', "'subset' is not valid Unicode ('utf-8' codec can't encode"),
-        ('{"chosen": "c", "rejected": "r", "margin": "big"}', "'margin' must be a number, got str \"big\""),
-        ('{"chosen": "c", "rejected": "r", "margin": [1]}', "'margin' must be a number, got list [1]"),
-        ('{"chosen": "c", "rejected": "r", "margin": true}', "'margin' must be a number, got bool true"),
-        ('{"chosen": "c", "rejected": "r", "margin": 1' + "0" * 400 + "}", "'margin' must be a number, got int 1000"),
-        ('{"chosen": "c", "rejected": "r", "margin": -1}', "'margin' must be finite and not negative, got -1.0; swap the two answers"),
-        ('{"chosen": "c", "rejected": "r", "margin": NaN}', "'margin' must be finite and not negative, got nan"),
-        ('{"chosen": "c", "rejected": "r", "margin": Infinity}', "'margin' must be finite and not negative, got inf"),
-    ],
-    ids=lambda value: value[:40],
-)  # fmt: skip
-def test_a_bad_line_is_named_with_file_and_line(tmp_path, line, wanted):
-    path = tmp_path / "x.jsonl"
-    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
-    message = refusal(read_comparisons, str(path), Counter())
-    assert message.startswith(f"{path}:3: {wanted}")
-    assert len(message) < 500 + len(str(path))
-
-
-def test_a_bad_row_of_an_array_csv_parquet_or_dataset_is_named(tmp_path):
-    rows = [{"prompt": "p", "chosen": NINE, "rejected": ELEVEN}, {"prompt": "p", "chosen": None, "rejected": "r"}]
-    wanted = "'chosen' must be a string, got NoneType null"
-    for kind in ("json array", "parquet"):
-        path = write_as(kind, tmp_path, rows)
-        assert refusal(read_comparisons, str(path), Counter()) == f"{path}, row 2: {wanted}"
-    (tmp_path / "x.csv").write_text(f"prompt,rejected,chosen\np,{ELEVEN},{NINE}\np,r\n")
-    assert refusal(read_comparisons, f"{tmp_path}/x.csv", Counter()) == f"{tmp_path}/x.csv:3: {wanted}"
-    path = write_as("folder of jsonl", tmp_path, rows)
-    assert refusal(read_comparisons, str(path), Counter()) == f"{path}, row 2: {wanted}"
-
-
-def test_an_array_that_is_not_json_is_named_with_its_line(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(f"[\n{GOOD},\n{GOOD}\n{GOOD}\n]")
-    assert refusal(read_rows, str(path)).startswith(f"{path}:4: not JSON (Expecting ',' delimiter")
-    path.write_text('[{"margin": ' + "9" * 5000 + "}]")
-    assert refusal(read_rows, str(path)).startswith(f"{path}:1: not JSON (Exceeds the limit")
-
-
-def test_a_csv_without_the_columns_names_those_found(tmp_path):
-    (tmp_path / "x.csv").write_text("prompt;chosen;rejected\np;a;b\n")
-    message = refusal(read_comparisons, f"{tmp_path}/x.csv", Counter())
-    assert message.startswith(f"{tmp_path}/x.csv:2: no column 'chosen'") and message.endswith(
-        "found prompt;chosen;rejected"
-    )
-
-
-def test_a_comma_without_quotes_does_not_cut_an_answer_short(tmp_path):
-    (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\np,{NINE},{ELEVEN}\np,{NINE},well, {ELEVEN}\n")
-    message = refusal(read_comparisons, f"{tmp_path}/x.csv", Counter())
-    assert message == f"{tmp_path}/x.csv:3: 4 fields under 3 column names; put texts with commas in double quotes"
-
-
-def test_a_csv_with_a_quote_that_never_ends_is_refused(tmp_path):
-    (tmp_path / "x.csv").write_text(f'prompt,chosen,rejected\np,"{NINE},{ELEVEN}\np,a,b\n')
-    message = refusal(read_comparisons, f"{tmp_path}/x.csv", Counter())
-    assert message == f"{tmp_path}/x.csv:2: not CSV (unexpected end of data)"
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
-def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    start = "prompt,chosen,rejected" if suffix == "csv" else GOOD
-    good = f"p,{NINE},{ELEVEN}" if suffix == "csv" else GOOD
-    lines = [start] + [good] * 500 + ["caf\xe9"] + [good] * 3
-    path.write_bytes("\n".join(lines).encode("latin-1"))
-    message = refusal(read_comparisons, str(path), Counter())
-    assert message == f"{path}:502: not UTF-8 (invalid continuation byte); save the file as UTF-8"
-
-
-def test_bytes_that_are_not_utf8_in_an_array_are_named_with_their_line(tmp_path):
-    (tmp_path / "x.json").write_bytes(f"[{GOOD},\n{GOOD},\n".encode() + b'{"chosen": "\xff"}]')
-    assert refusal(read_rows, f"{tmp_path}/x.json").startswith(f"{tmp_path}/x.json:3: not UTF-8 (invalid start byte)")
-
-
-def test_a_damaged_parquet_file_is_refused(characters, tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    message = refusal(prepare, characters, f"{tmp_path}/x.parquet", cache_dir=tmp_path)
-    assert message.startswith(f"{tmp_path}/x.parquet: neither a ")
 
 
 @pytest.mark.parametrize(
@@ -302,40 +55,32 @@ def test_a_damaged_parquet_file_is_refused(characters, tmp_path):
         ([], "0 comparisons read; no rows"),
         ([{"chosen": NINE, "rejected": NINE}] * 2, "2 comparisons read; 2 dropped: identical answers"),
         ([{"chosen": "too few", "rejected": NINE}], "1 comparisons read; 1 dropped: answer under 5 words"),
-        ([{"chosen": ELEVEN, "rejected": NINE, "margin": 0}], "1 comparisons read; 1 dropped: tie (margin 0)"),
+        ([{"chosen": ELEVEN, "rejected": NINE, "margin": 0}], "1 comparisons read; 1 dropped: tie"),
         ([{"chosen": ELEVEN * 9, "rejected": NINE}], "1 comparisons read; 1 dropped: answer alone longer than --max_length"),
         ([{"prompt": "p", "chosen": ELEVEN, "rejected": NINE}], "1 comparisons read; 1 held out"),
     ],
 )  # fmt: skip
 def test_nothing_left_is_refused_with_the_reasons(characters, tmp_path, rows, why):
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    other = None if "held out" in why else str(write_jsonl(tmp_path / "y.jsonl", make_comparisons(2)))
+    other = [] if "held out" in why else [str(write_jsonl(tmp_path / "y.jsonl", make_comparisons(2)))]
     for _ in range(2):  # the second time from the cache
-        message = refusal(prepare, characters, source, other, max_length=50, cache_dir=tmp_path)
+        message = refusal(prepare, characters, [source], other, max_length=50, cache_dir=tmp_path)
         assert message == f"{source}: nothing left to train on: {why}"
 
 
 def test_nothing_left_to_evaluate_on_is_refused(characters, tmp_path):
     train = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(5)))
     ties = str(write_jsonl(tmp_path / "y.jsonl", [{"chosen": "a", "rejected": "b", "margin": 0}] * 3))
-    message = refusal(prepare, characters, train, ties, cache_dir=tmp_path)
-    assert message == f"{ties}: nothing left to eval on: 3 comparisons read; 3 dropped: tie (margin 0)"
+    message = refusal(prepare, characters, [train], [ties], cache_dir=tmp_path)
+    assert message == f"{ties}: nothing left to eval on: 3 comparisons read; 3 dropped: tie"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"eval_fraction": 0},
-        {"eval_fraction": 1.0},
-        {"eval_fraction": float("nan")},
-        {"max_length": 0},
-        {"overlong": "cut"},
-    ],
-)
-def test_impossible_options_are_refused(characters, tmp_path, options):
+@pytest.mark.parametrize("fraction", [0, 1.0, float("nan")])
+def test_impossible_shares_are_refused(characters, tmp_path, fraction):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(5)))
-    (name,) = options
-    assert refusal(prepare, characters, source, cache_dir=tmp_path, **options).startswith(f"--{name} must ")
+    assert refusal(prepare, characters, [source], cache_dir=tmp_path, eval_fraction=fraction).startswith(
+        "--eval_fraction must "
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,22 +98,24 @@ FILTERED = [
 
 
 def test_filters_leave_out_ties_identical_pairs_and_answers_under_five_words(tmp_path):
-    found, counts = comparisons_of(write_jsonl(tmp_path / "x.jsonl", FILTERED))
-    assert found == [
-        Comparison("p", NINE, ELEVEN, None, ""),
-        Comparison("p", NINE, "one two three four five", 0.5, ""),
+    found, report = read(write_jsonl(tmp_path / "x.jsonl", FILTERED))
+    assert [(e["prompt"], e["texts"], e["chosen"], e["rejected"], e["margin"]) for e in found] == [
+        ("p", [f"p|{NINE}", f"p|{ELEVEN}"], (0,), (1,), (0.0,)),
+        ("p", [f"p|{NINE}", "p|one two three four five"], (0,), (1,), (0.5,)),
     ]
-    assert counts == {
+    assert report == {
+        "schema": "texts in chosen and rejected",
         "read": 7,
         "dropped: identical answers": 2,
         "dropped: answer under 5 words": 2,
-        "dropped: tie (margin 0)": 1,
+        "dropped: tie": 1,
     }
 
 
 def test_a_file_to_be_measured_on_is_taken_whole_but_for_ties(tmp_path):
-    found, counts = comparisons_of(write_jsonl(tmp_path / "x.jsonl", FILTERED), measured=True)
-    assert len(found) == 6 and counts == {"read": 7, "dropped: tie (margin 0)": 1}
+    found, report = read(write_jsonl(tmp_path / "x.jsonl", FILTERED), keep="labelled")
+    assert len(found) == 6 and (report["read"], report["dropped: tie"]) == (7, 1)
+    assert len(read(tmp_path / "x.jsonl", keep="all")[0]) == 7
 
 
 def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
@@ -381,11 +128,11 @@ def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
         {"prompt": "p" * 60, "chosen": ELEVEN, "rejected": ELEVEN + "<|endoftext|>"},  # the same, and too long
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = prepare(characters, source, source, max_length=40, cache_dir=tmp_path)
-    report = {k: v for k, v in data.report["train"].items() if k.startswith(("read", "dropped", "kept"))}
+    data = prepare(characters, [source], [source], max_length=40, cache_dir=tmp_path)
+    report = {k: v for k, v in data.report["train"][0].items() if k.startswith(("read", "dropped", "kept"))}
     assert report == {
         "read": 11,
-        "dropped: tie (margin 0)": 1,
+        "dropped: tie": 1,
         "dropped: identical answers": 2,
         "dropped: answer under 5 words": 2,
         "dropped: same tokens": 2,
@@ -396,8 +143,8 @@ def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
     }
     assert sum(n for k, n in report.items() if k.startswith("dropped")) + report["kept"] == report["read"]
     assert sum(data.train["pairs"]) == 3
-    measured = data.report["eval"]
-    assert (measured["read"], measured["kept"], measured["dropped: tie (margin 0)"]) == (11, 10, 1)
+    measured = data.report["eval"][0]
+    assert (measured["read"], measured["kept"], measured["dropped: tie"]) == (11, 10, 1)
     assert (measured["kept, prompt cut"], measured["kept, answer cut"]) == (3, 1)
     assert measured["prompt also in the training data"] == 10  # 6 of "p", 2 of "ppp...", "q" and "r"
     assert max(len(g["prefix"]) + max(map(len, g["completions"])) for g in data.eval) == 40
@@ -407,12 +154,16 @@ def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
 # Tokens
 
 
-def tokenised(tokenizer, rows, **options):
+def tokenised(tokenizer, rows, separator="|", **options):
     """(groups, counts) of rows given as (prompt, chosen, rejected)."""
-    counts = Counter()
-    options = {"separator": "|", "max_length": 1000, "overlong": "truncate", **options}
-    comparisons = [Comparison(*row, None, "", f"x:{n}") for n, row in enumerate(rows, 1)]
-    return list(tokenise(comparisons, tokenizer, counts, **options)), counts
+    about = {"chat": False, "chosen": [0], "rejected": [1], "margin": [0.0], "subset": "", "source": 0}
+    prompts, counts = {}, [Counter()]
+    for n, (prompt, *answers) in enumerate(rows, 1):
+        texts = [join(prompt, answer, separator) for answer in answers]
+        example = {"prompt": prompt, "texts": texts, "where": f"x:{n}", **about}
+        prompts.setdefault(prompt_key(example), []).append(example)
+    options = {"max_length": 1000, "overlong": "truncate", **options}
+    return [group for group, _ in tokenise([*prompts.values()], tokenizer, counts, **options)], counts[0]
 
 
 def texts_of(group, tokenizer):
@@ -533,7 +284,9 @@ def test_comparisons_of_a_prompt_form_a_group_whose_completions_are_kept_once(ch
     ]
     assert (first["chosen"], first["rejected"], first["pairs"]) == ([0, 0, 3], [1, 2, 0], 3)
     # prefix 2; completions 7 + 6 + 6 + 5
-    assert (first["shared_tokens"], first["separate_tokens"]) == (2 + 24, 4 * 2 + 24)
+    assert first["shared_tokens"] == 2 + 24
+    # and q: prefix 2, completions 2 + 2
+    assert (counts["shared tokens"], counts["separate tokens"]) == (2 + 24 + 2 + 4, 4 * 2 + 24 + 2 * 2 + 4)
     assert (counts["kept"], counts["prompts"]) == (4, 2)
 
 
@@ -565,7 +318,7 @@ def test_without_a_prompt_each_pair_stands_for_itself(characters):
 
 
 def test_an_identical_pair_that_is_measured_is_one_completion(characters):
-    (group,), counts = tokenised(characters, [("p", "aa", "aa")], measured=True)
+    (group,), counts = tokenised(characters, [("p", "aa", "aa")], keep="labelled")
     assert (len(group["completions"]), group["chosen"], group["rejected"]) == (1, [0], [0])
     assert counts["kept"] == 1
 
@@ -576,7 +329,7 @@ def test_margins_and_subsets_reach_the_groups(characters, tmp_path):
         {"prompt": "p", "chosen": ELEVEN, "rejected": NINE},
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = prepare(characters, source, source, cache_dir=tmp_path)
+    data = prepare(characters, [source], [source], cache_dir=tmp_path)
     for part in (data.train, data.eval):
         assert (part[0]["margin"], part[0]["subset"]) == ([1.5, 0.0], ["x", ""])
 
@@ -641,10 +394,10 @@ def test_an_answer_too_long_by_itself_is_dropped_in_training(characters):
 
 def test_an_answer_too_long_by_itself_is_cut_before_its_eos_where_it_is_measured():
     tokenizer = with_template("<s> $A")
-    (group,), counts = tokenised(tokenizer, [("0123", "abcdef", "b")], max_length=6, measured=True)
+    (group,), counts = tokenised(tokenizer, [("0123", "abcdef", "b")], max_length=6, keep="labelled")
     assert texts_of(group, tokenizer) == [("<s>|abc</s>", "<s>|b</s>")]
     assert (counts["kept"], counts["kept, prompt cut"], counts["kept, answer cut"]) == (1, 1, 1)
-    (group,), counts = tokenised(tokenizer, [("", "abcdef", "abcdeg")], max_length=6, measured=True)
+    (group,), counts = tokenised(tokenizer, [("", "abcdef", "abcdeg")], max_length=6, keep="labelled")
     assert texts_of(group, tokenizer) == [("<s>abcd</s>", "<s>abcd</s>")]  # a tie, which counts as wrong
     assert (counts["kept"], counts["kept, prompt cut"], counts["kept, answer cut"]) == (1, 0, 1)
 
@@ -664,18 +417,18 @@ def test_a_cut_ends_where_the_tokens_stop_being_those_of_the_prompt():
         assert counts["kept"] + counts["dropped: answer alone longer than --max_length"] == 1
 
 
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("keep", ["worth", "labelled"])
 @pytest.mark.parametrize("max_length", range(1, 40, 3))
-def test_nothing_is_ever_longer_than_the_limit_and_everything_ends_in_one_eos(max_length, measured):
+def test_nothing_is_ever_longer_than_the_limit_and_everything_ends_in_one_eos(max_length, keep):
     tokenizer = with_template("<s> $A </s>")
     rows = [(r["prompt"][:20], r["chosen"][:15], r["rejected"][:15]) for r in make_comparisons(30, per_prompt=3)]
-    groups, counts = tokenised(tokenizer, rows, max_length=max_length, measured=measured)
+    groups, counts = tokenised(tokenizer, rows, max_length=max_length, keep=keep)
     texts = [group["prefix"] + tail for group in groups for tail in group["completions"]]
     assert all(len(ids) <= max_length and ids[-1] == tokenizer.eos_token_id for ids in texts)
     assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in texts)
     assert all(ids[0] == tokenizer.bos_token_id for ids in texts if max_length > 1)
     dropped = sum(n for why, n in counts.items() if why.startswith("dropped"))
-    assert counts["kept"] + dropped == 30 and (dropped == 0 or not measured)
+    assert counts["kept"] + dropped == 30 and (dropped == 0 or keep == "worth")
     assert sum(group["pairs"] for group in groups) == counts["kept"]
 
 
@@ -692,11 +445,11 @@ def test_overlong_error_names_file_and_line(characters, tmp_path):
         {"prompt": "01234", "chosen": NINE, "rejected": ELEVEN},
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    message = refusal(prepare, characters, source, source, max_length=17, overlong="error", cache_dir=tmp_path)
+    message = refusal(prepare, characters, [source], [source], max_length=17, overlong="error", cache_dir=tmp_path)
     wanted = "18 tokens, --max_length is 17; raise --max_length, or choose --overlong truncate or drop"
     assert message == f"{source}:2: {wanted}"
-    data = prepare(characters, source, source, max_length=18, overlong="error", cache_dir=tmp_path)
-    assert data.report["train"]["kept"] == 2
+    data = prepare(characters, [source], [source], max_length=18, overlong="error", cache_dir=tmp_path)
+    assert data.report["train"][0]["kept"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,35 +465,37 @@ def test_whole_prompts_are_held_out_and_never_stand_on_both_sides(characters, tm
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
     splits = []
     for seed in (0, 0, 1):
-        data = prepare(characters, source, eval_fraction=0.1, seed=seed, separator="|", cache_dir=tmp_path)
+        data = prepare(characters, [source], eval_fraction=0.1, seed=seed, separator="|", cache_dir=tmp_path)
         train, held_out = (prompts_of(part, characters) for part in (data.train, data.eval))
         assert (len(train), len(held_out)) == (45, 5)
         assert not train & held_out
         assert (sum(data.train["pairs"]), sum(data.eval["pairs"])) == (180, 20)
-        assert (data.report["train"]["read"], data.report["train"]["held out"]) == (200, 20)
-        assert data.report["eval"]["read"] == 20
+        assert (data.report["train"][0]["read"], data.report["train"][0]["held out"]) == (200, 20)
+        assert data.report["eval"][0]["read"] == 20
         splits.append(held_out)
     assert splits[0] == splits[1] != splits[2]
 
 
 def test_held_out_prompts_do_not_depend_on_the_order_of_the_file():
-    prompts = [f"prompt {i}" for i in range(100)]
-    first = hold_out(prompts * 2, 0.05, seed=0)
-    assert len(first) == 5 and first == hold_out(reversed(prompts), 0.05, seed=0)
+    keys = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    first = hold_out(keys.repeat(2), 0.05, seed=0)
+    assert len(keys.repeat(2)[first].unique()) == 5 and first.sum() == 10
+    again = hold_out(keys.flip(0), 0.05, seed=0)
+    assert set(keys.flip(0)[again].tolist()) == set(keys.repeat(2)[first].tolist())
 
 
 @pytest.mark.parametrize(
     "count, fraction, held_out", [(2, 0.05, 1), (9, 0.05, 1), (100, 0.05, 5), (30, 0.1, 3), (1000, 0.001, 1)]
 )
 def test_at_least_one_prompt_is_held_out(count, fraction, held_out):
-    assert len(hold_out(map(str, range(count)), fraction, seed=0)) == held_out
+    assert hold_out(torch.arange(count), fraction, seed=0).sum() == held_out
 
 
 def test_pairs_without_a_prompt_are_held_out_one_by_one_with_their_reverse(characters, tmp_path):
     rows = [{"chosen": f"{i} {NINE}", "rejected": f"{i} {ELEVEN}"} for i in range(20)]
     rows += [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = prepare(characters, source, eval_fraction=0.1, cache_dir=tmp_path)
+    data = prepare(characters, [source], eval_fraction=0.1, cache_dir=tmp_path)
     assert (len(data.train), len(data.eval)) == (18, 2)
     assert data.train["pairs"] == [2] * 18 and data.eval["pairs"] == [2] * 2
 
@@ -765,9 +520,9 @@ def counting(monkeypatch):
 
 def test_a_second_call_does_not_tokenise_again_and_gives_the_same(counting, tmp_path):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
-    first = prepare(make_tokenizer(), source, cache_dir=tmp_path)
+    first = prepare(make_tokenizer(), [source], cache_dir=tmp_path)
     assert len(counting) == 2
-    second = prepare(make_tokenizer(), source, cache_dir=tmp_path)
+    second = prepare(make_tokenizer(), [source], cache_dir=tmp_path)
     assert len(counting) == 2
     assert first.report == second.report
     assert [first.train[:], first.eval[:]] == [second.train[:], second.eval[:]]
@@ -792,7 +547,7 @@ def test_a_second_call_does_not_tokenise_again_and_gives_the_same(counting, tmp_
 )
 def test_what_changes_the_result_is_tokenised_anew(counting, tmp_path, change):
     path = write_jsonl(tmp_path / "x.jsonl", make_comparisons(20))
-    prepare(make_tokenizer(), str(path), cache_dir=tmp_path)
+    prepare(make_tokenizer(), [str(path)], cache_dir=tmp_path)
     options = dict(change)
     tokenizer = options.pop("tokenizer", None) or make_tokenizer()
     if options.pop("file", False):  # as long as before, and as old
@@ -800,34 +555,36 @@ def test_what_changes_the_result_is_tokenised_anew(counting, tmp_path, change):
         path.write_text(path.read_text().replace("the", "THE"))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert path.stat().st_size == before.st_size
-    evaluation = str(path) if options.pop("eval", False) else None
-    prepare(tokenizer, str(path), evaluation, cache_dir=tmp_path, **options)
+    evaluation = [str(path)] if options.pop("eval", False) else []
+    prepare(tokenizer, [str(path)], evaluation, cache_dir=tmp_path, **options)
     assert len(counting) == 4
 
 
 def test_a_changed_folder_of_files_is_read_anew(characters, tmp_path):
-    folder = write_as("folder of jsonl", tmp_path, make_comparisons(10))
-    assert prepare(characters, str(folder), cache_dir=tmp_path).report["train"]["read"] == 10
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", make_comparisons(10))
+    assert prepare(characters, [str(folder)], cache_dir=tmp_path).report["train"][0]["read"] == 10
     write_jsonl(folder / "train.jsonl", make_comparisons(12))
-    assert prepare(characters, str(folder), cache_dir=tmp_path).report["train"]["read"] == 12
+    assert prepare(characters, [str(folder)], cache_dir=tmp_path).report["train"][0]["read"] == 12
 
 
 def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_path, monkeypatch):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     original, calls = minirm.data.to_group, []
 
-    def stops(*arguments):
+    def stops(*arguments, **options):
         calls.append(1)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(minirm.data, "to_group", stops)
     with pytest.raises(KeyboardInterrupt):
-        prepare(characters, source, cache_dir=tmp_path)
+        prepare(characters, [source], cache_dir=tmp_path)
     assert list((tmp_path / "minirm").iterdir()) == []
     monkeypatch.setattr(minirm.data, "to_group", original)
-    assert len(prepare(characters, source, cache_dir=tmp_path).train) == 19
+    assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
 
 
 def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, tmp_path):
@@ -837,13 +594,13 @@ def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, t
 import os, signal, minirm.data
 from conftest import make_tokenizer
 original, own = minirm.data.to_group, os.getpid()
-def stops(members, counts):
-    if counts["kept"] == 10:
+def stops(members, counts, every):
+    if counts[0]["kept"] == 10:
         os.kill(own, signal.SIGKILL)
-    return original(members, counts)
+    return original(members, counts, every)
 minirm.data.to_group = stops
 os.getpid = lambda: {os.getpid()}
-minirm.data.prepare(make_tokenizer(texts=["x"]), {source!r}, cache_dir={str(tmp_path)!r})
+minirm.data.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir={str(tmp_path)!r})
 """
     run = subprocess.run(
         [sys.executable, "-c", script], check=False, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -851,7 +608,7 @@ minirm.data.prepare(make_tokenizer(texts=["x"]), {source!r}, cache_dir={str(tmp_
     assert run.returncode == -9
     left = list((tmp_path / "minirm").iterdir())
     assert len(left) == 1 and "." in left[0].name  # it was on its way
-    assert len(prepare(characters, source, cache_dir=tmp_path).train) == 19
+    assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
 
 
 def test_two_processes_at_once_end_with_the_same(tmp_path):
@@ -861,15 +618,15 @@ def test_two_processes_at_once_end_with_the_same(tmp_path):
 import os, sys, time, minirm.data
 from pathlib import Path
 from conftest import make_tokenizer
-original, here = minirm.data.read_parts, Path({str(tmp_path)!r})
+original, here = minirm.data.write_groups, Path({str(tmp_path)!r})
 def together(*arguments):  # both have looked for the cache and found none
     (here / sys.argv[1]).touch()
     while not ((here / "a").exists() and (here / "b").exists()):
         time.sleep(0.01)
     return original(*arguments)
-minirm.data.read_parts = together
-data = minirm.data.prepare(make_tokenizer(texts=["x"]), {source!r}, cache_dir=here)
-print(len(data.train), len(data.eval), sum(map(sum, data.train["prefix"])), data.report["train"]["kept"])
+minirm.data.write_groups = together
+data = minirm.data.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir=here)
+print(len(data.train), len(data.eval), sum(map(sum, data.train["prefix"])), data.report["train"][0]["kept"])
 """
     processes = [
         subprocess.Popen(

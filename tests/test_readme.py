@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 import train
-from minirm.data import FILE_TYPES, MIN_WORDS
+from minirm.data import MIN_WORDS
+from minirm.sources import FILE_TYPES
 
 README = (ROOT / "README.md").read_text()
 

@@ -48,7 +48,7 @@ EVAL = [
 def data(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     sources = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("train", TRAIN), ("eval", EVAL))]
-    return prepare(tokenizer, *sources, separator="|", cache_dir=folder)
+    return prepare(tokenizer, *([source] for source in sources), separator="|", cache_dir=folder)
 
 
 def test_the_table_counts_what_was_read_dropped_and_kept(data):
@@ -65,7 +65,7 @@ def test_the_table_counts_what_was_read_dropped_and_kept(data):
         "read": ("7", "2"),
         "dropped: answer under 5 words": ("1", "0"),
         "dropped: identical answers": ("1", "0"),
-        "dropped: tie (margin 0)": ("1", "0"),
+        "dropped: tie": ("1", "0"),
         "kept": ("4", "2"),
         "of them with a prompt of the training data": ("0", "1"),
         "prompts": ("3", "2"),
@@ -90,7 +90,7 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_
         {"prompt": "q", "chosen": NINE, "rejected": "e d c b a"},
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = prepare(tokenizer, source, source, separator="|", max_length=14, cache_dir=tmp_path)
+    data = prepare(tokenizer, [source], [source], separator="|", max_length=14, cache_dir=tmp_path)
     table = table_rows(data_table(data.report, "shared"))
     assert table["kept"] == ("3", "3")
     assert table["of them with the prompt cut"] == ("2", "2")
@@ -101,7 +101,7 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_
 def test_held_out_comparisons_are_in_the_table(tokenizer, tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": ELEVEN, "rejected": NINE} for i in range(20)]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    data = prepare(tokenizer, source, eval_fraction=0.1, separator="|", cache_dir=tmp_path)
+    data = prepare(tokenizer, [source], eval_fraction=0.1, separator="|", cache_dir=tmp_path)
     table = table_rows(data_table(data.report, "shared"))
     assert (table["read"], table["held out"], table["kept"]) == (("20", "2"), ("2", "0"), ("18", "2"))
 

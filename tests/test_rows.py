@@ -51,6 +51,7 @@ def group(prefix, completions, pairs, margins=None, subsets=None):
         "rejected": [r for _, r in pairs],
         "margin": margins or [0.0] * len(pairs),
         "subset": subsets or [""] * len(pairs),
+        "source": [0] * len(pairs),
     }
 
 

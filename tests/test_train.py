@@ -212,7 +212,7 @@ def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
     trunk.h[:3].requires_grad_(False)
     parameters = [*(p for p in trunk.parameters() if p.requires_grad), head]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    groups = prepare(tokenizer, str(data[0]), str(data[1]), max_length=length).train
+    groups = prepare(tokenizer, [str(data[0])], [str(data[1])], max_length=length).train
     plan = make_plan(groups["shared_tokens"][:], groups["pairs"][:], world_size=1, batch_size=1, accumulation=4)
     wanted = []
     for step in plan[:steps]:
