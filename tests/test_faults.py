@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
+from conftest import ROOT, make_comparisons, make_model, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
 from minirm.checkpoint import checkpoints, verify
@@ -23,7 +23,7 @@ from minirm.checkpoint import checkpoints, verify
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 from crash import compare, crash
-from fuzz import make_file, try_file
+from fuzz import make_chat_tokenizer, make_file, try_file
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,6 @@ torch.amp.GradScaler = Scaler
 
 def test_broken_data_files_are_refused_in_a_line_or_accounted_for(tmp_path):
     """300 of the 2,000 files of tests/bench/fuzz.py; both outcomes are common, so neither is a matter of course."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_chat_tokenizer()
     results = Counter(try_file(make_file(tmp_path, seed), tokenizer, tmp_path / "cache") for seed in range(300))
     assert min(results["refused"], results["trained on"]) > 50, results

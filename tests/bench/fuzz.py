@@ -24,7 +24,8 @@ import pyarrow
 import pyarrow.parquet
 from conftest import make_comparisons, make_tokenizer
 
-from minirm.data import InputError, prepare
+from minirm.data import prepare, set_chat_template
+from minirm.sources import InputError
 
 ODD = [
     None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**400, "", " ", "\0", "\ud800", "\u2028", "\x1b[2J", "\r", "\n",
@@ -34,11 +35,36 @@ ODD = [
 
 
 def good_rows(rng: random.Random) -> list[dict]:
+    """In one of the schemas, a comparison a row."""
     rows = make_comparisons(rng.randint(2, 12), seed=rng.randrange(1 << 30), per_prompt=rng.choice([1, 1, 2]))
     for row in rows:
         if rng.random() < 0.3:
             row["margin"], row["subset"] = rng.choice([0, 1, 2.5]), rng.choice(["a", "b"])
-    return rows
+    return [rng.choice(SHAPES)(row) for row in rows] if rng.random() < 0.02 else list(map(rng.choice(SHAPES), rows))
+
+
+def turn(role: str, text: str) -> dict:
+    return {"role": role, "content": text}
+
+
+SHAPES = [
+    dict,
+    dict,
+    lambda row: {side: [turn("user", row["prompt"]), turn("assistant", row[side])] for side in ("chosen", "rejected")},
+    lambda row: {"chosen": TRANSCRIPT.format(*row.values()), "rejected": TRANSCRIPT.format(row["prompt"], row["rejected"])},
+    lambda row: {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "scores": [1, row.get("margin", 0)]},
+    lambda row: {
+        "context": [turn("user", row["prompt"])], "response1": row["rejected"], "response2": row["chosen"],
+        "overall_preference": row.get("margin", 1),
+    },
+    lambda row: {"history": row["prompt"], "human_ref_A": row["chosen"], "human_ref_B": row["rejected"], "labels": 1},
+    lambda row: {
+        "conversation_a": json.dumps([turn("user", row["prompt"]), turn("assistant", row["chosen"])]),
+        "conversation_b": json.dumps([turn("user", row["prompt"]), turn("assistant", row["rejected"])]), "winner": "model_a",
+    },
+]  # fmt: skip
+TRANSCRIPT = "\n\nHuman: {}\n\nAssistant: {}"
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
 def change_rows(rows: list, rng: random.Random) -> None:
@@ -48,14 +74,14 @@ def change_rows(rows: list, rng: random.Random) -> None:
     if not isinstance(row, dict) or not row or kind == 0:
         rows[place] = rng.choice([None, [], "text", 3, {}, [row], {"row": row}])
     elif kind == 1:
-        row[rng.choice(["prompt", "chosen", "rejected", "margin", "subset", "other"])] = rng.choice(ODD)
+        row[rng.choice([*row, "prompt", "margin", "subset", "other"])] = rng.choice(ODD)
     elif kind == 2:
         del row[rng.choice(list(row))]
     elif kind == 3:
         names = ("", "\n", "\x1b[2J", "x" * 5000)
         rows[place] = {rng.choice([key, key, key.upper(), key + " ", *names]): value for key, value in row.items()}
     elif kind == 4:
-        row["chosen"] = row.get("rejected")
+        row[rng.choice(list(row))] = row[rng.choice(list(row))]
     elif kind == 5:
         key = rng.choice(list(row))
         row[key] = f"{row[key]}{rng.choice([x for x in ODD if isinstance(x, str)])}"
@@ -187,6 +213,13 @@ def twice(path: Path) -> bool:
     return any(found)
 
 
+def make_chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    set_chat_template(tokenizer)
+    return tokenizer
+
+
 def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
     """What came of it: "refused" or "trained on". Raises AssertionError for a row lost, or whatever went wrong."""
 
@@ -196,7 +229,7 @@ def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(seconds)
     try:
-        data = prepare(tokenizer, str(path), max_length=64, eval_fraction=0.3, cache_dir=cache)
+        data = prepare(tokenizer, [str(path)], max_length=64, eval_fraction=0.3, cache_dir=cache)
     except InputError as error:
         message = str(error)
         assert str(path) in message, f"names no file: {message}"
@@ -208,7 +241,7 @@ def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
     finally:
         signal.alarm(0)
     assert not twice(path), f"{path}: one of two columns of a name was taken"
-    counts = data.report["train"]
+    (counts,) = data.report["train"]
     accounted = sum(n for why, n in counts.items() if why.startswith("dropped") or why in ("kept", "held out"))
     assert counts["read"] == accounted, f"{path}: {counts}"
     assert counts["read"] == rows_in(path), f"{path}: {counts['read']} read of {rows_in(path)}"
@@ -222,7 +255,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     datasets.disable_progress_bars()
-    tokenizer, results, wrong = make_tokenizer(), collections.Counter(), []
+    tokenizer, results, wrong = make_chat_tokenizer(), collections.Counter(), []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seed, args.seed + args.files):
