@@ -2,6 +2,7 @@
 # The main job on a fresh machine: ./launch.sh [flags of train.py]. The test suite: ./launch.sh test [flags of pytest].
 #   NPROC                                           processes on this machine; default: one per GPU, one without GPUs
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines: the same command on each, NODE_RANK 0, 1, ...
+#                                                   Slurm knows them: srun --ntasks-per-node=1 ./launch.sh [flags]
 #   PYTHON                                          the interpreter to start from; default: python3
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -28,6 +29,13 @@ fi
 if [ "${1:-}" = test ]; then
   shift
   exec "$python" -m pytest -q tests "$@"
+fi
+if [ -z "${NNODES:-}" ] && [ -n "${SLURM_NODEID:-}" ]; then
+  NNODES=${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+  NODE_RANK=$SLURM_NODEID
+  hosts=$([ "$NNODES" = 1 ] || scontrol show hostnames "$SLURM_JOB_NODELIST")
+  MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+  MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 fi
 nproc=${NPROC:-$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))")}
 if [ "$nproc" = 1 ] && [ "${NNODES:-1}" = 1 ]; then

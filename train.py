@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from minirm.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.measure import TENTHS, describe, final_report, headline, measure, right_by_tenth
-from minirm.model import empty_model, export, load_config, load_weights
+from minirm.model import empty_model, export, load_config, load_weights, stored_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.plot import open_trackers, save_curves
 from minirm.report import model_card, start_report
@@ -105,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
     add("--report_to", nargs="+", default=["none"], choices=["none", *TRACKERS], help="trackers to send each row of metrics.jsonl to")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
+    add("--shard_size", type=int, default=0, help="processes that share one copy of the trained parameters; 0: a machine's")
+    add("--cpu_offload", action="store_true", help="trained parameters and optimizer in host memory, for GPUs; off: on the device")
     add("--cache_trunk", help="folder to keep the frozen layers' outputs in, computed once for all epochs and runs; off: none")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
     # fmt: on
@@ -116,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
     for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps",
-                 "save_steps", "save_total_limit", "center_rewards_coefficient", "margin_scale"):  # fmt: skip
+                 "save_steps", "save_total_limit", "shard_size", "center_rewards_coefficient", "margin_scale"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
     if not 0 <= args.freeze_ratio <= 1:
@@ -135,10 +138,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
-        "--keep": args.eval_steps == 0,
+        "--keep": args.eval_steps == 0, "--cpu_offload": not torch.cuda.is_available(),
     }  # fmt: skip
     for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in (argv or sys.argv)]:
-        print0(f"train.py: warning: {flag} has no effect beside the other flags")
+        beside = "without a GPU" if flag == "--cpu_offload" else "beside the other flags"
+        print0(f"train.py: warning: {flag} has no effect {beside}")
     return args
 
 
@@ -158,7 +162,7 @@ def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tenso
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     checkpoint.check_output(output, args.resume_from_checkpoint)
-    device, mesh = shard.start_processes()
+    device, mesh = shard.start_processes(args.shard_size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patient = shard.patient_group()
     if args.precision == "auto":
@@ -243,28 +247,31 @@ def train(args: argparse.Namespace) -> None:
         for what in [what for what, without_effect in idle.items() if without_effect]:
             print0(f"train.py: warning: {what} no effect")
 
-    # -- The model: empty on every rank, sharded, then filled from rank 0. ----------------------------------------------
+    # -- The model: empty on every rank, sharded, then filled: every rank reads its share. --------------------------------
     if args.gradient_checkpointing:
         shard.checkpoint_trained_blocks(model)
     shard.cast_frozen(model, dtype)
-    shard.shard(model, mesh, dtype)
-    source = {}
-    shard.on_first_process(patient, lambda: source.update(load_weights(args.model, config, args.seed)))
-    shard.fill(model, source or None, device)
+    shard.shard(model, mesh, dtype, args.cpu_offload)
+    with shard.first_process_first(patient):  # in case there is something to fetch
+        read = stored_weights(args.model, config, model, args.seed)
+    load = partial(load_weights, args.model, config, args.seed)
+    read = shard.fill(model, device, args.cpu_offload, patient, read, load)
     cache = None
     if args.cache_trunk:
         folder = shard.on_first_process(
-            patient, open_folder, args, config, tokenizer, source, frozen, data.report, layout, device.type
+            patient, open_folder, args, config, tokenizer, read, frozen, data.report, layout, device.type
         )
         cache = TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], extras, dtype, folder)
-    source.clear()
+    del read  # it may hold all weights
     # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay
     )
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # disabled: every call passes through
+    home = "cpu" if args.cpu_offload else device.type  # where gradients lie after backward
+    scaler = torch.amp.GradScaler(home, enabled=dtype == torch.float16)  # disabled: every call passes through
+    scaler.scale(torch.zeros((), device=home))  # puts the scale there: unscale_ does not wait for a copy of it
     kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
     if run.checkpoint:
         kept = checkpoint.load(run.checkpoint, run.state, trained, optimizer, args.keep, patient)

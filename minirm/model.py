@@ -4,21 +4,30 @@ import copy
 import json
 import math
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from minirm.data import set_chat_template
 from minirm.sources import InputError, one_line
 
 PAD_TOKEN = "<|pad|>"  # added where the tokenizer has no pad token of its own
+SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+# Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
+OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
 
 
 class RewardModel(nn.Module):
@@ -113,37 +122,114 @@ def load_config(name: str, chat_template: str | None = None):
     return config, tokenizer
 
 
+def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable[..., Tensor] | None:
+    """read(name in RewardModel, start=0, stop=None) -> these rows of a tensor, and nothing else, from safetensors files.
+
+    None where stored and wanted tensors do not agree one to one, by name and shape, a grown vocabulary aside: .bin files,
+    what transformers converts while it loads, and whatever is wrong. All that is for `load_weights`.
+    """
+    trunk, prefix, places = model.trunk, model.trunk.base_model_prefix + ".", {}
+    try:  # what is wrong here load_weights will say
+        stored = AutoConfig.from_pretrained(name)
+        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
+        for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
+            with safe_open(path, "pt") as file:
+                found = [(path, key, file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118 - no dict
+                places |= {place[1].removeprefix(prefix): place for place in found}
+    except Exception:  # noqa: BLE001
+        return None
+    wanted = {key.removeprefix("trunk."): tensor for key, tensor in saved_tensors(model)}
+    shapes = {key: list(tensor.shape) for key, tensor in wanted.items()}
+    grown = next(key for key, tensor in wanted.items() if tensor is trunk.get_input_embeddings().weight)
+    shapes[grown][0] = min(shapes[grown][0], stored.get_text_config().vocab_size)
+    if not _is_reward_model(stored):
+        del shapes["score.weight"]
+    others = [places[key][1] for key in places.keys() - trunk.state_dict().keys()]
+    if (
+        any(key not in places or places[key][-1] != shape for key, shape in shapes.items())
+        or _misplaced(others, trunk)
+        or get_model_conversion_mapping(trunk, add_legacy=False)
+        or hasattr(stored, "quantization_config")
+    ):
+        return None
+
+    def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        key = key.removeprefix("trunk.")
+        if key not in shapes:
+            return init_head(width(stored), seed)[start:stop]
+        with safe_open(places[key][0], "pt") as file:  # anew each time: what was read of an open file counts as memory
+            rows = file.get_slice(places[key][1])
+            rows = rows[start:stop] if shapes[key] else rows[...]
+        if key == grown:  # by the pad token, which is never looked at
+            missing = (len(wanted[key]) if stop is None else stop) - start - len(rows)
+            rows = nn.functional.pad(rows, (0, 0, 0, missing))
+        return rows
+
+    return read
+
+
+def _is_reward_model(config) -> bool:
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+
+
+def _misplaced(keys, trunk) -> list[str]:
+    """Which names of stored tensors belong to the trunk, not to some head, and are of no use in it."""
+    known = "|".join([OLD_BUFFERS, *(trunk._keys_to_ignore_on_load_unexpected or [])])
+    tops = {trunk.base_model_prefix, *(name for name, _ in trunk.named_children())}
+    return sorted(key for key in keys if key.partition(".")[0] in tops and not re.search(known, key))
+
+
 def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
-    """Weights and buffers by the names of RewardModel, on the CPU, as they are stored.
+    """All weights by the names of RewardModel, on the CPU, as they are stored: from_pretrained, of what it can read at all.
 
     The head is a new one, or, where `name` already is a reward model, that one's. Raises InputError if weights cannot
-    be loaded or are missing from the checkpoint.
+    be loaded, are missing from the checkpoint, or are in it and have no place in the model.
     """
-    rewards = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)] if rewards else AutoModel
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
+    cls, lm = AutoModel, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    elif stored.get_text_config().tie_word_embeddings:  # the embeddings may be stored as those of the output
+        cls = lm
     try:
         model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
     except Exception as error:  # noqa: BLE001 - no weights there, half a file, other shapes than in config.json
         raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"--model {name}: weights missing from the checkpoint: {', '.join(missing[:5])} ({len(missing)})"
-        )
     trunk = model.base_model
+    missing = sorted(
+        key for key in info["missing_keys"] if cls is not lm or key.startswith(trunk.base_model_prefix + ".")
+    )
+    for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
+        if keys:
+            raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
     if config.vocab_size > trunk.get_input_embeddings().num_embeddings:
         known = trunk.get_input_embeddings().num_embeddings
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
-    weights = {f"trunk.{key}": value for key, value in [*trunk.named_parameters(), *trunk.named_buffers()]}
-    head = model.score.weight if rewards and stored.num_labels == 1 else init_head(width(trunk.config), seed)
-    return weights | {"score.weight": head}
+    head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed)
+    return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
 
 def empty_model(config) -> RewardModel:
-    """The model without weights or memory (on the meta device), in fp32, in evaluation mode: dropout is off for good."""
+    """The model without weights or memory (on the meta device), in fp32, in evaluation mode: dropout is off for good.
+
+    Only the buffers that no checkpoint has (rotary frequencies and the like) are there, on the CPU.
+    """
     with torch.device("meta"):
-        return RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)).eval()
+        model = RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)).eval()
+    for _, tensor in saved_tensors(model):
+        tensor._is_hf_initialized = True  # so that transformers computes the others alone, as in from_pretrained
+    for name, buffer in list(model.trunk.named_non_persistent_buffers()):
+        module, _, name = name.rpartition(".")
+        model.trunk.get_submodule(module)._buffers[name] = torch.empty_like(buffer, device="cpu")
+    model.trunk.initialize_weights()
+    return model
+
+
+def saved_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what a checkpoint has: parameters, those that are tied once, and persistent buffers."""
+    saved = model.state_dict().keys()
+    return [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n in saved]
 
 
 def export(

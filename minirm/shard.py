@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from minirm.freeze import find_blocks
+from minirm.model import saved_tensors
 from minirm.sources import InputError
 
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
@@ -26,8 +28,16 @@ START_TIMEOUT = timedelta(hours=24)  # the same while one rank prepares the data
 FROZEN_SHARE = 0.4
 
 
-def start_processes() -> tuple[torch.device, DeviceMesh]:
-    """Joins the processes that torchrun started, or makes a group of one. Returns this one's device and the mesh."""
+def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
+    """Joins the processes that torchrun started, or makes a group of one. Returns this one's device and the mesh.
+
+    The mesh is [shard], or [replicate, shard] where a copy of the model is spread over `shard_size` < all processes, which
+    follow each other (0: those of a machine), and there are several copies. Raises InputError if it does not divide them.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes % shard_size:
+        raise InputError(f"--shard_size {shard_size} must divide the number of processes, which is {processes}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
@@ -44,7 +54,10 @@ def start_processes() -> tuple[torch.device, DeviceMesh]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    if shard_size == processes:
+        return device, init_device_mesh(device.type, (processes,))
+    sizes = processes // shard_size, shard_size
+    return device, init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -108,54 +121,79 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, frozen_share: float = FROZEN_SHARE) -> bool:
-    """FSDP over the blocks of a RewardModel, the head and the rest. Returns whether frozen parameters stay whole.
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False, frozen_share=FROZEN_SHARE) -> bool:
+    """FSDP over the blocks of a RewardModel, the head and the rest. Returns whether frozen parameters stay on the device.
 
-    Trained parameters travel in the compute precision, their gradients are summed in fp32. No FSDP unit mixes frozen
-    and trained parameters, since those differ in precision.
+    Trained parameters travel in `dtype`, the compute precision, their gradients are summed in fp32. No FSDP unit mixes frozen
+    and trained parameters, since those differ in precision. offload: shards, gradients and optimizer in host memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     plain = MixedPrecisionPolicy()  # frozen units are stored in the compute precision, the head computes in fp32
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
     else:  # which the processes of this machine divide between them
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    whole = mesh.size() == 1 or sum(p.numel() * p.element_size() for p in frozen) <= frozen_share * memory
-    # A single process has nothing to gather, so it need not throw gathered parameters away either.
-    options = {"mesh": mesh, "reshard_after_forward": mesh.size() > 1, "ignored_params": frozen if whole else None}
-    blocks = list(find_blocks(model)[1])
-    units = [block for block in blocks if not whole or not frozen.issuperset(block.parameters())]
-    if not whole:  # embeddings and the like: whatever is frozen outside the blocks is a unit of its own
-        inside = {p for block in blocks for p in block.parameters()}
-        units += [
-            m
-            for m in model.modules()
-            if not frozen.isdisjoint(m.parameters(recurse=False)) and inside.isdisjoint(m.parameters())
-        ]
-    for unit in units:
-        fully_shard(unit, mp_policy=plain if frozen.issuperset(unit.parameters()) else policy, **options)
+    # A process that has a copy of its own has nothing to gather, so it need not throw gathered parameters away either.
+    alone = mesh.shape[-1] == 1
+    stay = (alone and not offload) or sum(p.numel() * p.element_size() for p in frozen) <= frozen_share * memory
+    ignored = frozen if alone and stay else set()
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": offload or not alone, "ignored_params": ignored}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    blocks = [block for block in find_blocks(model)[1] if not ignored.issuperset(block.parameters())]
+    # Embeddings and the like: what is frozen outside the blocks is a unit of its own.
+    inside = {p for block in find_blocks(model)[1] for p in block.parameters()} | ignored
+    others = [
+        m for m in model.modules() if frozen & {*m.parameters(recurse=False)} and inside.isdisjoint(m.parameters())
+    ]
+    for unit in blocks + others:
+        if not frozen.issuperset(unit.parameters()):
+            fully_shard(unit, mp_policy=policy, **options)
+        else:  # gathered once and kept, where there is room: these never change
+            fully_shard(unit, mp_policy=plain, **options | {"reshard_after_forward": not stay})
+            unit.set_reshard_after_backward(not stay)
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])  # backward does so by itself
     fully_shard(model.score, mp_policy=plain, **options)
     fully_shard(model, mp_policy=policy, **options)  # the rest: the final norm
-    return whole
+    return stay
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: dict[str, Tensor] | None, device: torch.device) -> None:
-    """Gives an empty, sharded model its weights. `source`, on rank 0: parameters and buffers by name; elsewhere None.
+def fill(
+    model: nn.Module, device: torch.device, offload: bool, group, read: Callable | None, load: Callable
+) -> Callable[..., Tensor]:
+    """Gives an empty, sharded model its weights, so that no process but perhaps the first ever holds more than its share.
 
-    One tensor at a time, so that no other rank ever holds the whole model.
+    read(name, start, stop): rows of a tensor, or None where this process cannot read so. If any cannot, the first one
+    calls load() -> {name: tensor} on its host and sends one after the other. Returns a `read` that the first one can use.
     """
-    model.to_empty(device=device)
-    for name, target in [*model.named_parameters(), *model.named_buffers()]:
-        whole = torch.empty(target.shape, dtype=target.dtype, device=device)
-        if source is not None:
-            whole.copy_(source[name])
-        if isinstance(target, DTensor):  # rank 0 sends every rank its slice
-            target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
-        else:
+    able = torch.tensor(read is not None, dtype=torch.int32)
+    dist.all_reduce(able, dist.ReduceOp.MIN, group=group)
+    source: dict[str, Tensor] = {}
+    if not able:
+        on_first_process(group, lambda: source.update(load()))
+
+    def place(tensor: Tensor) -> Tensor:
+        home = "cpu" if offload and isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device)
+
+    model._apply(place)
+    for name, target in saved_tensors(model):
+        mine, start, whole = target, 0, None
+        if isinstance(target, DTensor):  # FSDP cuts the rows as torch.chunk does
+            mine, mesh, rows = target.to_local(), target.device_mesh, len(target)
+            start = min(-(-rows // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1), rows)
+        if not able:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+            if source:
+                whole.copy_(source[name])
             dist.broadcast(whole, src=0)
-            target.copy_(whole)
+        stop = start + len(mine) if mine.dim() else None
+        mine.copy_(read(name, start, stop) if able else whole[start:stop] if mine.dim() else whole)
+    dist.barrier(group)  # the first to finish waits, as long as it takes
+    return read if able else lambda name: source[name]
 
 
 def gather(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:

@@ -23,7 +23,7 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -197,15 +197,15 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
 
 
 def open_folder(
-    args, config, tokenizer, source: dict[str, Tensor], frozen: Frozen, report: dict, layout: str, device: str
+    args, config, tokenizer, read: Callable[[str], Tensor], frozen: Frozen, report: dict, layout: str, device: str
 ) -> Path:
     """On the first process: the folder of these states. Prints what it will take and what is free.
 
-    source: the weights, by name. Raises InputError if the folder cannot be written or the disk is too small.
+    read: name -> the weights, whole, on the CPU. Raises InputError if the folder cannot be written or the disk is too small.
     """
 
     def fingerprint(name: str) -> str:
-        values = source[name].detach().contiguous()
+        values = read(name).contiguous()
         digest = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         return f"{name} {values.dtype} {tuple(values.shape)} {digest}"
 

@@ -3,6 +3,8 @@
 Run: pytest tests/test_shard.py. Needs no network and no GPU; two gloo processes on the CPU.
 """
 
+import shutil
+
 import pytest
 import torch
 from conftest import make_comparisons, read_metrics, write_jsonl
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from minirm.freeze import freeze_bottom_layers
-from minirm.model import empty_model, load_config, load_weights
+from minirm.model import empty_model, init_head, load_config, load_weights
 from minirm.shard import cast_frozen, fill, gather, shard, start_processes
 
 
@@ -32,7 +34,7 @@ def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute
     cast_frozen(model, dtype)
     assert shard(model, mesh, dtype)
     weights = load_weights(str(model_folder(family)), config, seed=0)
-    fill(model, weights, device)
+    fill(model, device, False, None, None, lambda: weights)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) == (name not in frozen), name
         assert parameter.dtype == (dtype if name in frozen else torch.float32), name
@@ -59,3 +61,110 @@ def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(
             weights.append(load_file(output / "model.safetensors"))
         assert rows[0] == rows[1]
         assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
+def test_weights_that_the_first_process_reads_for_all_arrive_as_those_that_each_reads(server, model_folder, tmp_path):
+    """On 2 x 2, where each reads half of all numbers; .bin files; and safetensors that one process cannot read. A wrong
+    checkpoint is refused by all."""
+    model, data = model_folder("qwen2"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
+    weights = load_file(model / "model.safetensors")
+    for name, changes in (("bin", {}), ("wrong", {"model.layers.7.extra": torch.ones(2)})):
+        shutil.copytree(model, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(weights | changes, tmp_path / name / "pytorch_model.bin")
+    blind = "read = train.stored_weights; train.stored_weights = lambda *all: None if rank == 3 else read(*all)"
+    own = """
+stored_weights, fill, sizes = train.stored_weights, train.shard.fill, []
+def counting(*all):
+    read = stored_weights(*all)
+    def rows(*place):
+        sizes.append((tensor := read(*place)).numel())
+        return tensor
+    return rows
+def checked(model, *all):
+    fill(model, *all)
+    assert 0 < sum(sizes) < 0.51 * sum(p.numel() for p in model.parameters())
+train.stored_weights, train.shard.fill, train.load_weights = counting, checked, lambda *all: 1 / 0
+"""
+    for i, (folder, patch) in enumerate(
+        ((model, own), (tmp_path / "bin", ""), (model, blind), (tmp_path / "wrong", ""))
+    ):
+        output = tmp_path / f"out{i}"
+        flags = ["--model", folder, "--train_data", data, "--eval_data", data, "--output_dir", output, "--max_steps", 0]
+        run = server.run(*flags, "--max_length", 200, "--shard_size", 2, "--freeze_ratio", 0.5, world=4, patch=patch)
+        if i == 3:
+            assert run.codes == [2] * 4 and "of no use in the checkpoint: model.layers.7.extra (1)" in run.text()
+            continue
+        assert run.codes == [0] * 4, run.text()[-3000:]
+        trained = load_file(output / "model.safetensors")
+        for name, value in trained.items():
+            if name == "model.embed_tokens.weight":
+                value = value[: len(weights[name])]  # a pad token came to it
+            wanted = weights[name] if name != "score.weight" else init_head(32, seed=0)
+            assert torch.equal(value, wanted), (i, name)
+
+
+def test_a_shard_size_that_does_not_divide_the_processes_is_refused_first(server, tmp_path):
+    run = server.run("--train_data", tmp_path / "missing", "--shard_size", 2, world=3)
+    assert run.codes == [2, 2, 2]
+    assert run.text() == "train.py: error: --shard_size 2 must divide the number of processes, which is 3\n"
+
+
+def losses(server, model, data, output, parts, *flags, patch=""):
+    """Training rows of a run that goes on from part to part: (processes, --shard_size, steps). 8 prompts a step."""
+    held_out = write_jsonl(data.with_name("eval.jsonl"), make_comparisons(2, seed=1))
+    flags = ["--model", model, "--train_data", data, "--eval_data", held_out, "--output_dir", output, *flags]
+    flags += ["--max_length", 64, "--learning_rate", 1e-3, "--logging_steps", 1, "--warmup_steps", 0]
+    for world, size, steps in parts:
+        cut = ["--max_steps", steps, "--gradient_accumulation_steps", 8 // world, "--shard_size", size]
+        run = server.run(*flags, *cut, world=world, patch=patch, timeout=300)
+        assert run.wait() == [0] * world, run.text()[-3000:]
+    return [row for row in read_metrics(output) if "loss" in row]
+
+
+def assert_close(got, wanted, tolerance):
+    assert [row["step"] for row in got] == [row["step"] for row in wanted]
+    for key in ("loss", "grad_norm", "reward_margin"):
+        assert [r[key] for r in got] == pytest.approx([r[key] for r in wanted], abs=tolerance), key
+
+
+def test_eight_processes_and_hybrid_meshes_take_the_ten_steps_of_one(server, model_folder, tmp_path):
+    """GPT-J with the 28 layers of the 6B model, narrow. 2 x 2 and 2 x 4: two copies, each on two or four processes."""
+    model, data = model_folder("gptj", n_layer=28), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
+    shapes = {"one": (1, 0), "eight": (8, 0), "2 x 2": (4, 2), "2 x 4": (8, 4)}
+    wanted = None
+    for name, (world, size) in shapes.items():
+        got = losses(server, model, data, tmp_path / name, [(world, size, 10)], "--save_steps", 0)
+        assert len(got) == 10
+        assert_close(got, wanted := wanted or got, 1e-5)
+
+
+def test_a_run_goes_on_with_another_shard_size_and_number_of_processes(server, model_folder, tmp_path):
+    """2 x 2, then a copy for each of two, then one copy on four. --cpu_offload may change as well; see below for it."""
+    model, data = model_folder("llama"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
+    wanted = losses(server, model, data, tmp_path / "one", [(1, 0, 6)])
+    got = losses(server, model, data, tmp_path / "many", [(4, 2, 2), (2, 1, 4)], "--save_steps", 2)
+    got = losses(server, model, data, tmp_path / "many", [(4, 0, 6)], "--save_steps", 2, "--cpu_offload")
+    assert_close(got, wanted, 1e-5)
+
+
+def test_an_overflow_in_one_shard_is_skipped_by_all_copies(server, model_folder, tmp_path):
+    """In step 2, in the second half of the parameters: on one of two processes, or on two of 2 x 2."""
+    model, data = model_folder("gptj"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
+    patch = """
+import torch
+class Scaler(torch.amp.GradScaler):
+    steps = 0
+    def __init__(self, *arguments, **options): super().__init__(*arguments, init_scale=256.0, **options)
+    def unscale_(self, optimizer):
+        self.steps += 1
+        if rank % 2 and self.steps == 2:
+            optimizer.param_groups[0]["params"][-2].grad.to_local().view(-1)[0] = float("inf")
+        super().unscale_(optimizer)
+torch.amp.GradScaler = Scaler
+"""
+    flags, wanted = ["--precision", "fp16", "--save_steps", 0], None
+    for name, part, more in (("a", (2, 0, 4), []), ("b", (4, 2, 4), []), ("c", (2, 0, 4), ["--cpu_offload"])):
+        rows = losses(server, model, data, tmp_path / name, [part], *flags, *more, patch=patch)
+        got = [row["loss"] for row in rows]
+        assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]
+        assert got == pytest.approx(wanted := wanted or got, abs=1e-3)
