@@ -101,9 +101,9 @@ def right_by_tenth(chosen: Tensor, rejected: Tensor, start: Tensor, end: Tensor)
     first of them: below ten places some stand in several tenths.
     """
     upto = F.pad((chosen > rejected).double().cumsum(dim=1), (1, 0))  # [P, T + 1]: right places before t
-    k, n, start = torch.arange(TENTHS, device=start.device), (end - start)[:, None], start[:, None]
-    low, high = start + k * n // TENTHS, start + (k + 1) * n // TENTHS
-    high = torch.maximum(high, low + 1)
+    k = torch.arange(TENTHS + 1, device=start.device)
+    edges = start[:, None] + k * (end - start)[:, None] // TENTHS  # [P, 11]
+    low, high = edges[:, :-1], torch.maximum(edges[:, 1:], edges[:, :-1] + 1)
     return (upto.gather(1, high) - upto.gather(1, low)) / (high - low)
 
 

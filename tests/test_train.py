@@ -83,12 +83,12 @@ def uneven(tmp_path_factory):
 ALL_OPTIONS = ["--pair_weight", "prompt", "--center_rewards_coefficient", 0.1, "--margin_scale", 0.7]
 
 
-@pytest.mark.parametrize("options", [[], ALL_OPTIONS, [*ALL_OPTIONS, "--loss", "last"]])
+@pytest.mark.parametrize("options", [[], ALL_OPTIONS])
 def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, model_folder, uneven, server, tmp_path):
     """21 prompts in more groups, 4 a step: the last step has fewer. Processes x groups a micro-step x micro-steps is 4."""
     runs = {}
     data = ["--train_data", uneven[0], "--eval_data", uneven[1], *QUICK, "--max_length", 40]
-    for processes, batch, accumulation in ((1, 1, 4), (2, 1, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)):
+    for processes, batch, accumulation in ((1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 4, 1)):
         output = tmp_path / f"{processes}-{batch}"
         cut = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
         flags = [
@@ -179,6 +179,16 @@ def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, dat
     assert 16 * rows[0]["eval_accuracy"] == pytest.approx(parts)
     for row in rows[1:]:
         assert flat(row) == pytest.approx(flat(rows[0]), rel=1e-6)
+
+
+def test_data_in_which_the_longer_answer_is_always_chosen_shows_as_such(model_folder, tmp_path, capsys):
+    rows = make_comparisons(24, seed=9)
+    rows = [{**row, "chosen": f"{row['chosen']} {row['rejected']} and more"} for row in rows]
+    data = [write_jsonl(tmp_path / "train.jsonl", rows[:12]), write_jsonl(tmp_path / "eval.jsonl", rows[12:])]
+    last = trained(data, tmp_path / "out", model_folder("gptj"), "--max_steps", 6)[-1]
+    assert last["eval_length_accuracy"] == 1.0 and all(bucket["low"] > 0 for bucket in last["eval_by_length"])
+    shown = capsys.readouterr().out
+    assert "Length alone does as well as this model: choosing the longer answer is right in 100.0%." in shown
 
 
 @pytest.mark.parametrize("layout", ["separate", "shared"])
