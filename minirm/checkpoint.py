@@ -409,7 +409,7 @@ def whole_model(output: Path) -> Iterator[Path]:
 def verify(folder: Path) -> dict:
     """The state of a checkpoint of which every byte is as it was written. Raises ValueError saying what is not."""
     try:
-        sums = (folder / SUMS).read_text()
+        sums = (folder / SUMS).read_text(errors="replace")
         names = [line.partition("  ")[2] for line in sums.splitlines()]
         if STATE not in names or any(Path(name).name != name for name in names):
             raise ValueError(f"{SUMS} is damaged")

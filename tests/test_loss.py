@@ -86,11 +86,9 @@ class Scorer:
 
 
 def ours(kind, batch, rewards):
-    chosen, rejected = batch.pair_rewards(rewards)
     if kind == "last":
-        last = (batch.end - 1)[:, None]
-        return pairwise_loss(chosen.gather(1, last)[:, 0], rejected.gather(1, last)[:, 0], batch.margin)
-    return divergence_loss(chosen, rejected, batch.start, batch.end)
+        return pairwise_loss(*batch.end_rewards(rewards), batch.margin)
+    return divergence_loss(*batch.pair_rewards(rewards), batch.start, batch.end)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,6 +137,7 @@ def test_end_rewards_of_the_published_loss_stand_at_the_end_of_the_longer_text()
     assert (batch.start.tolist(), batch.end.tolist()) == ([0], [3])
     assert chosen[0, :3].tolist() == [1.0, 2.0, 3.0]
     assert rejected[0, :3].tolist() == [6.0, 7.0, 8.0]
+    assert [side.tolist() for side in batch.end_rewards(rewards)] == [[3.0], [8.0]]
 
 
 def test_divergence_index_is_the_first_difference():
