@@ -238,7 +238,7 @@ def train(args: argparse.Namespace) -> None:
         print(start_report(data, tokenizer, model, frozen, layout, sample))
         if not_shared:
             print(f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}\n")
-        margins = any(map(any, data.train["margin"]))
+        margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
         idle = {
             "--loss trlx is as published: the data's margins have": margins and args.loss == "trlx",
             "no margins in the data: --margin_scale has": not margins and args.margin_scale != 1,
