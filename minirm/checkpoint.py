@@ -10,12 +10,10 @@ No file is a pickle. Random numbers are not among the state, since none are draw
 the order of the data is a function of seed and epoch.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import time
@@ -50,7 +48,7 @@ FREE = {
 }  # fmt: skip
 # What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
 START = {"step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {}}  # fmt: skip
-_held: list[int] = []  # the descriptor of the output folder, locked as long as it is open
+_held: list[int] = []  # the descriptor of the output folder, which is locked as long as it is open
 
 
 class Stop(Exception):
@@ -66,19 +64,18 @@ class Run(NamedTuple):
     finished: int | None  # steps after which it was finished
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which run is this?
+# -- Which run is this? -----------------------------------------------------------------------------------------------
 
 
 def restarted() -> bool:
-    """Whether torchrun --max_restarts started this process again: then the run goes on, whatever the flags began with."""
+    """By torchrun --max_restarts: then the run goes on, whatever the flags began with."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
     """{step: folder}, the newest first."""
-    found = {int(p.name[11:]): p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)}
-    return dict(sorted(found.items(), reverse=True))
+    found = [(int(p.name[11:]), p) for p in output.glob("checkpoint-*") if p.name[11:].isdecimal()]
+    return dict(sorted(found, reverse=True))
 
 
 def check_output(output: Path, choice: str) -> None:
@@ -96,13 +93,8 @@ def check_output(output: Path, choice: str) -> None:
         )
 
 
-def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> Run:
-    """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
-
-    Raises InputError if the folder cannot be written, another process trains in it, its run is another than this one,
-    or a checkpoint that was asked for is not whole.
-    """
-    output, choice = Path(args.output_dir), args.resume_from_checkpoint
+def hold(output: Path) -> None:
+    """Makes the folder, and locks it until this process ends or holds another one."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         (probe := output / f"probe{PARTIAL}").touch()
@@ -111,15 +103,25 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
         raise InputError(
             f"--output_dir {output}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    for descriptor in _held:  # of a run before this one in the same process
-        os.close(descriptor)
-    _held[:] = [os.open(output, os.O_RDONLY)]
+    while _held:
+        os.close(_held.pop())
+    _held.append(os.open(output, os.O_RDONLY))
     try:
-        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--output_dir {output}: another run is writing there; wait for its end, or stop it") from None
     except OSError:
         pass  # some network file systems have no locks
+
+
+def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> Run:
+    """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
+
+    Raises InputError if the folder cannot be written, another process trains in it, its run is another than this one,
+    or a checkpoint that was asked for is not whole.
+    """
+    output, choice = Path(args.output_dir), args.resume_from_checkpoint
+    hold(output)
     recipe = make_recipe(args, data, config, tokenizer, processes)
     try:
         record = json.loads((output / RUN).read_text())
@@ -146,21 +148,18 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
             "--resume_from_checkpoint away to go on with it, or choose another --output_dir"
         )
 
-    earlier = state and state["best"].get("step", state["step"]) != state["step"]
-    if earlier and args.keep == "best" and state["arguments"]["keep"] == "last":
+    if state and args.keep == "best" and state["arguments"]["keep"] == "last" and not best_is_own(state):
         raise InputError(
             f"{folder} was written under --keep last and lacks the model of step {state['best']['step']}, the best so far; go "
             "on with --keep last, or choose another --output_dir to begin anew"
         )
-
     saved = state or record
     if saved and (changed := differences(saved["recipe"], recipe)):
         raise InputError(
             f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
         )
-    kept = {**recipe, "prompts a step": saved["recipe"]["prompts a step"]} if saved else recipe
-    finished = record.get("finished")
-    return Run(kept, saved.get("processes", processes), folder, state or START, finished)
+    recipe |= {"prompts a step": saved["recipe"]["prompts a step"]} if saved else {}
+    return Run(recipe, saved.get("processes", processes), folder, state or START, record.get("finished"))
 
 
 def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> dict:
@@ -184,22 +183,19 @@ def model_fingerprint(name: str, config) -> str:
         return f"{name} {getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
-        size, piece = path.stat().st_size, 1 << 16
+        size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            for place in range(0, size, max(piece, size // 256)):
+            for place in range(0, size, max(1 << 16, size // 256)):
                 file.seek(place)
-                digest.update(file.read(piece))
+                digest.update(file.read(1 << 16))
     return digest.hexdigest()
 
 
 def differences(then: dict, now: dict) -> list[str]:
     """What differs, in words. The number of prompts a step is not looked at: see `accumulation`."""
-    changed = sorted(key for key in then.keys() & now.keys() - {"prompts a step"} if then[key] != now[key])
-    return [
-        f"{key}: the content has changed" if "--" in key else f"--{key} was {then[key]!r}, is {now[key]!r}"
-        for key in changed
-    ]
+    changed = sorted(k for k in then.keys() & now.keys() - {"prompts a step"} if then[k] != now[k])
+    return [f"{k}: the content has changed" if "--" in k else f"--{k} was {then[k]!r}, is {now[k]!r}" for k in changed]
 
 
 def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
@@ -241,17 +237,14 @@ def begin(output: Path, run: Run, args: Namespace, processes: int) -> None:
     for leftover in output.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     metrics, kept = output / "metrics.jsonl", []
-    if not metrics.exists():
-        return
-    if run.checkpoint:
-        for line in metrics.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                # A checkpoint that was made because of a signal comes before the evaluation of its step.
-                limit = run.state["result"]["step"] if "eval_loss" in row else run.state["step"]
-                kept += [line] if row.get("step", 0) <= limit else []
-            except (ValueError, AttributeError):
-                pass  # half a line: the last one of a run that was killed
+    for line in metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            row = json.loads(line)
+            # A checkpoint that was made because of a signal comes before the evaluation of its step.
+            last = run.state["result"].get("step", -1) if "eval_loss" in row else run.state["step"]
+            kept += [line] if run.checkpoint and row["step"] <= last else []
+        except (ValueError, TypeError, KeyError):
+            pass  # half a line: the last one of a run that was killed
     _write(metrics, "".join(kept))
 
 
@@ -261,8 +254,12 @@ def finish(output: Path, step: int) -> None:
     _write(output / RUN, json.dumps(record | {"finished": step}, indent=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing and reading
+# -- Writing and reading. ---------------------------------------------------------------------------------------------
+
+
+def best_is_own(state: dict) -> bool:
+    """Whether the best evaluation, if there is any, was that of the checkpoint's own parameters."""
+    return state["best"].get("step", state["step"]) == state["step"]
 
 
 def copies(trained: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
@@ -270,39 +267,37 @@ def copies(trained: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     return ((name, p.detach().to("cpu", copy=True)) for name, p in trained.items())
 
 
-def tensors(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, best: dict) -> dict[str, Tensor]:
-    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen. best: `copies` or {}.
+def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen, and the best only where it is another.
 
     Not by `get_state_dict`, which makes an optimizer that has not moved yet (fp16 skips its first steps) take a step.
     """
-    state = {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
-    state |= {f"best.{name}": copy for name, copy in best.items()}
-    return {f"model.{name}": p.detach() for name, p in trained.items()} | state
+    kept = {f"model.{name}": p.detach() for name, p in trained.items()}
+    kept |= {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
+    return kept | ({} if best_is_own(state) else {f"best.{name}": copy for name, copy in best.items()})
 
 
 def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict, limit: int, group) -> str:
     """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
 
-    best: `copies` as of state["best"], or {}; not written where they are the parameters of this very step.
-    state["sums"]: [8] fp64 on the CPU, of this process; the rest, as in START and more, is the same on all of them.
+    best: `copies` as of state["best"], or {}.
+    state["sums"]: [8] of this process; the rest, as in START and more, is the same on all of them.
     Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
     """
     start = time.perf_counter()
     final = output / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + PARTIAL)
-    kept = tensors(trained, optimizer, {} if state["best"].get("step") == state["step"] else best)
-    sums = [torch.empty_like(state["sums"]) for _ in range(dist.get_world_size())]
-    dist.all_gather(sums, state["sums"], group=group)
-    state = state | {"sums": [of_rank.tolist() for of_rank in sums]}
+    kept = tensors(state, trained, optimizer, best)
     with writing(final, sum(t.numel() * t.element_size() for t in kept.values())):
         try:
-            on_first_process(group, _make_empty, partial)
+            on_first_process(group, partial.mkdir)
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # synced to disk
             dcp.save(kept, storage_writer=writer, process_group=group)
             mine = {p.name: file_digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
             everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine, group=group)
-            files = {name: digest for of_rank in everyone for name, digest in of_rank.items()}
+            dist.all_gather_object(everyone, (mine, state["sums"].tolist()), group=group)
+            files = {name: digest for digests, _ in everyone for name, digest in digests.items()}
+            state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, files, limit)
         except BaseException:  # CheckpointException is one
             shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up room
@@ -329,27 +324,19 @@ def _cause(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-
 def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], limit: int) -> int:
     """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
     if missing := [name for name in files if not (partial / name).exists()]:
-        raise OSError(
-            errno.ENOENT, f"{missing[0]} is not seen by the first process; all machines must share --output_dir"
-        )
-    sizes = {name: (partial / name).stat().st_size for name in sorted(files)}
-    _write(partial / STATE, json.dumps(state | {"files": sizes}, indent=1))
-    files = {**files, STATE: file_digest(partial / STATE)}
+        raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
+    _write(partial / STATE, json.dumps(state, indent=1))
+    files[STATE] = file_digest(partial / STATE)
     _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
     _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
     os.rename(partial, final)
     _sync(final.parent)
-    older = [path for step, path in checkpoints(final.parent).items() if step < state["step"]]
-    newer = [path for step, path in checkpoints(final.parent).items() if step > state["step"]]  # passed over: not whole
-    for path in newer + (older[limit - 1 :] if limit else []):
+    there = checkpoints(final.parent)
+    newer = [path for step, path in there.items() if step > state["step"]]  # passed over: not whole
+    for path in newer + (list(there.values())[len(newer) + limit :] if limit else []):
         _remove(path)
     return sum(path.stat().st_size for path in final.iterdir())
 
@@ -417,12 +404,10 @@ def verify(folder: Path) -> dict:
             digests = list(pool.map(lambda name: file_digest(folder / name), names))
         for name, digest, line in zip(names, digests, sums.splitlines(keepends=True)):
             if line != f"{digest}  {name}\n":
-                size = (folder / name).stat().st_size
-                raise ValueError(f"{name} ({size:,} bytes) or its line in {SUMS} is not as it was written")
+                raise ValueError(f"{name} or its line in {SUMS} is not as it was written")
+        if odd := {path.name for path in folder.glob("*.safetensors")} ^ set(names) - {STATE}:
+            raise ValueError(f"{min(odd)} has no line in {SUMS}, or is not there")
         state = json.loads((folder / STATE).read_text())
-        weights = {path.name for path in folder.glob("*.safetensors")}
-        if weights != set(names) - {STATE} or weights != set(state["files"]):
-            raise ValueError(f"{', '.join(sorted(weights ^ set(state['files'])))} should not be there, or be there")
         if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
             raise ValueError(f"{STATE} has no {', '.join(wrong)}")
         state["recipe"]["prompts a step"], state["processes"], state["arguments"]["keep"]
@@ -441,7 +426,6 @@ def load(folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
     Returns the parameters as of state["best"] as `copies` does, {} under keep = "last". Raises InputError if it cannot.
     """
     best = dict(copies(trained)) if keep == "best" and state["best"] else {}  # to be filled
-    own = state["best"].get("step") == state["step"]
     reader = HuggingFaceStorageReader(str(folder))
     try:
         sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}
@@ -450,14 +434,13 @@ def load(folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             for key in [key for key in sizes if key.startswith(prefix)]:
                 like = torch.zeros_like(p) if sizes[key] == p.shape else torch.zeros(sizes[key])
                 optimizer.state[p][key.removeprefix(prefix)] = like
-        dcp.load(tensors(trained, optimizer, {} if own else best), storage_reader=reader, process_group=group)
+        dcp.load(tensors(state, trained, optimizer, best), storage_reader=reader, process_group=group)
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be loaded ({one_line(_cause(error))})") from None
-    return dict(copies(trained)) if best and own else best
+    return dict(copies(trained)) if best and best_is_own(state) else best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
+# -- Stopping. --------------------------------------------------------------------------------------------------------
 
 
 def catch_signals() -> list[int]:
