@@ -7,6 +7,7 @@ with such rows, and SDPA for two families that transformers runs with eager atte
 """
 
 import copy
+import math
 import re
 import types
 import warnings
@@ -20,27 +21,27 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.utils import logging
 
+from minirm.rows import collate
+from minirm.sources import one_line
+
 
 def attention_mask(segments, positions, visible, config, dtype, device=None):
-    """What to pass as `attention_mask=` to a transformers trunk, made once per batch.
+    """What to pass as `attention_mask=` to a transformers trunk, together with `position_ids=positions`.
 
     segments [R, L] int: 0 = prefix, k >= 1 = k-th completion of the row, -1 = padding, at the end of the row only
-    positions [R, L] int: the `position_ids`; each completion goes on from the end of the prefix
+    positions [R, L] int: each completion goes on from the end of the prefix
     visible [R, L] bool: may be seen as a key; False for padding
     config: of the trunk, after `use_sdpa`; dtype: what attention computes in, so float16 under float16 autocast
-    device: where the mask goes, None = where `segments` are. Give the first three on the CPU: what kind of mask is
-    needed is looked up in them, for which a GPU would have to wait
+    device: where the mask goes. The first three are best on the CPU: a GPU would have to wait for what is looked up here
 
     Key k is seen by query q iff k is visible, stands at or before q, belongs to the prefix or to q's completion and,
     in a layer with a window, positions[q] - positions[k] < window. A query that would see nothing sees itself, so that
     no softmax is empty; it is no key to others, so it changes nothing.
 
-    Returns, and always together with `position_ids=positions`:
-    - None if every row is one completion and all of it visible: causal attention does the same, on SDPA's fast path.
-      Let positions count on through the padding there, transformers takes any jump for packed sequences;
-    - `visible` as a 2-D mask if every row is one completion;
-    - else an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`, or a dict of them by layer type, or for
-      GPT-Neo [R, 2, L, L], the second one windowed.
+    Returns None if every row is one completion and all of it visible: causal attention does the same, on SDPA's fast
+    path (positions have to count on through the padding: transformers takes any jump for packed sequences). `visible`
+    as a 2-D mask if every row is one completion. Else an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`,
+    or a dict of them by layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
     """
     real = segments >= 0
     order = torch.where(real, segments, 2)  # 0 0 0 1 1 1 2 2 where a row is one completion
@@ -73,16 +74,13 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
 def _additive(allowed, positions, window, dtype):
     """[R, L, L] bool, [R, L], int or None -> [R, 1, L, L] of `dtype`: 0 where allowed and inside the window.
 
-    Additive and of the queries' dtype because that is one tensor for all layers: of a bool mask, or of one that
-    autocast has to cast, SDPA makes a copy in every layer and keeps it for backward. Rows of memory are padded to
-    eights, the alignment of CUDA's memory-efficient kernel, which else copies the mask in every layer, too.
+    Additive and of the queries' dtype, so that all layers share one tensor: of any other SDPA makes a copy in every
+    layer and keeps it for backward. So it does on CUDA where rows of memory are not aligned to eights.
     """
     if window is not None:
         allowed = allowed & (positions[:, None, :] > positions[:, :, None] - window)
     rows, length, _ = allowed.shape
-    mask = torch.full(
-        (rows, 1, length, -(-length // 8) * 8), torch.finfo(dtype).min, dtype=dtype, device=allowed.device
-    )
+    mask = allowed.new_full((rows, 1, length, -(-length // 8) * 8), torch.finfo(dtype).min, dtype=dtype)
     mask = mask[..., :length].masked_fill_(allowed[:, None], 0)
     mask[:, 0].diagonal(dim1=1, dim2=2).masked_fill_(~allowed.any(dim=-1), 0)
     return mask
@@ -96,24 +94,22 @@ PROBE_TRIES = 8  # with other weights and ids each time: where attention chooses
 TOLERANCE = 1e-4  # of the largest number: exact is 2e-6 (unscaled GPT-Neo 3e-5), a wrong mask 1e-2 and more
 
 
-def probe_shared_rows(config, attn_implementation=None, max_length=None):
+def probe_shared_rows(config, max_length=math.inf):
     """None if this architecture computes the same in shared rows as in separate ones, else the reason in one line.
 
-    config: as loaded, before `use_sdpa`; attn_implementation: None = what the config says, else transformers' choice;
-    max_length: tokens of the longest text that will come, None = any. It counts where rotary frequencies change with
-    the longest text of a batch (dynamic, longrope): exact up to the length where they do, refused beyond.
+    config: as loaded, before `use_sdpa`; max_length: tokens of the longest text that will come. It counts where rotary
+    frequencies change with the longest text of a batch (dynamic, longrope): exact up to there, refused beyond.
 
     Decides by trying, on a small random model made from a shrunk copy of the config: hidden states and gradients in
     fp32 on the CPU. Whatever goes wrong on the way is a reason, too. Takes a second or less.
     """
-    name = getattr(config, "model_type", type(config).__name__)
+    name = config.model_type
     try:
         with trying():
-            model = _small_model(config, attn_implementation, max_length)
+            model = small_model(config, max_length)
             differences = torch.tensor([_differences(model) for _ in range(PROBE_TRIES)]).amax(dim=0).tolist()
     except Exception as error:  # noqa: BLE001, any failure at all is a reason to refuse
-        message = (str(error).strip().splitlines() or [""])[0]
-        return f"{name}: shared rows fail ({type(error).__name__}: {message[:200]})"
+        return f"{name}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
     for what, difference in zip(("hidden states", "gradients"), differences):
         if not difference <= TOLERANCE:  # this way round NaN is a no
             return f"{name}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
@@ -122,26 +118,23 @@ def probe_shared_rows(config, attn_implementation=None, max_length=None):
 
 @contextmanager
 def trying() -> Iterator[None]:
-    """To run a small random model on the CPU in fp32, silently, with the same numbers every time, leaving no trace."""
+    """To run a small random model silently, with the same numbers every time, leaving no trace."""
     verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
     try:
         logging.set_verbosity(logging.CRITICAL)
         torch.set_num_threads(1)  # on a busy machine threads wait for each other: measured 25 s instead of 0.3
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach the GPUs
-            with torch.autocast("cpu", enabled=False):
-                yield
+            yield
     finally:
         logging.set_verbosity(verbosity)
         torch.set_num_threads(threads)
 
 
-def _small_model(config, attn_implementation, max_length):
+def small_model(config, max_length=math.inf):
     """A random fp32 trunk of the kind that `config` describes, patched by `use_sdpa` as the real one is."""
     options = {"dtype": torch.float32, "trust_remote_code": False}  # False: else it asks on the terminal
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
     small = _shrunk(config, max_length)
     with torch.device("meta"):  # shapes without memory, the full size included
         whole = AutoModel.from_config(copy.deepcopy(config), **options)
@@ -212,31 +205,37 @@ def _shrunk(config, max_length):
     if rope is not None:
         for place in (vars(small), rope, *(value for value in rope.values() if isinstance(value, dict))):
             for key in ("max_position_embeddings", "original_max_position_embeddings"):
-                if place.get(key) is not None and (max_length is None or place[key] < max_length):
+                if place.get(key) is not None and place[key] < max_length:
                     place[key] = PROBE_SWITCH
     return small
+
+
+def small_batch(texts, row_layout):
+    """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
+    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
+    groups = [{"prefix": prefix, "completions": completions, **rest} for prefix, completions in texts]
+    return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
 
 
 def _differences(model):
     """Largest difference between shared and separate rows over the largest value: [hidden states, gradients]."""
     for p in model.parameters():  # a fresh model is too tame: biases 0, attention nearly even
         p.data = torch.randn_like(p) * p.shape[-1] ** -0.5 if p.dim() > 1 else p.data + 0.1 * torch.randn_like(p)
-    length = max(prefix + sum(tails) for prefix, tails in PROBE_ROWS) + 2
-    ids = torch.randint(1, PROBE_VOCABULARY, (len(PROBE_ROWS), length))
-    segments, positions = torch.full_like(ids, -1), torch.zeros_like(ids)
-    places, texts = [], []
-    for row, (prefix, tails) in enumerate(PROBE_ROWS):
-        segments[row, :prefix], positions[row, :prefix] = 0, torch.arange(prefix)
-        end = prefix
-        for k, tail in enumerate(tails, start=1):
-            place = (row, slice(end, end := end + tail))
-            segments[place], positions[place] = k, torch.arange(prefix, prefix + tail)
-            places.append(place)
-            texts.append((torch.cat([ids[row, :prefix], ids[place]]), prefix))
-    mask = attention_mask(segments, positions, segments >= 0, model.config, torch.float32)
-    shared = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-    separate = [model(input_ids=text[None], use_cache=False).last_hidden_state[0, prefix:] for text, prefix in texts]
-    hidden = torch.cat(separate), torch.cat([shared[place] for place in places])
+
+    def ids(length):
+        return torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
+
+    texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS]
+    batch = small_batch(texts, "shared")
+    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.config, torch.float32)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+    states, shared, separate = model(**inputs, use_cache=False).last_hidden_state, [], []
+    for row, (prefix, completions) in enumerate(texts):
+        for k, completion in enumerate(completions, start=1):
+            shared.append(states[row, batch.segments[row] == k])
+            alone = model(input_ids=torch.tensor([prefix + completion]), use_cache=False).last_hidden_state
+            separate.append(alone[0, len(prefix) :])
+    hidden = torch.cat(separate), torch.cat(shared)
     weights, embeddings = torch.randn_like(hidden[0]), model.get_input_embeddings().weight
     gradients = [torch.autograd.grad((h * weights).sum(), embeddings)[0] for h in hidden]
     return [((a - b).abs().max() / a.abs().max()).item() for a, b in (hidden, gradients)]
@@ -245,10 +244,10 @@ def _differences(model):
 def use_sdpa(trunk):
     """Sends the attention of GPT-J and GPT-Neo, eager only in transformers, through SDPA. Others stay as they are.
 
-    In place, found by the class of the modules. Sets `trunk.config._attn_implementation`, too, so that transformers
-    makes no mask where SDPA needs none; it is not saved, but no second model can be made from this config object.
-    Attention probabilities are no longer returned. Under float16 autocast this is the safer way: the original turns
-    queries and keys to float32 against overflow, autocast turns them back; SDPA sums and scales in float32 inside.
+    In place. Sets `trunk.config._attn_implementation`, too, so that transformers makes no mask where SDPA needs none;
+    it is not saved, but no second model can be made from this config object. Under float16 autocast this is the safer
+    way: the original turns queries and keys to float32 against overflow, autocast turns them back; SDPA sums and scales
+    in float32 inside. Without dropout and key-value cache, neither of which minirm uses.
     """
     modules = [module for module in trunk.modules() if type(module) in (GPTJAttention, GPTNeoSelfAttention)]
     for module in modules:
@@ -263,7 +262,7 @@ def _sdpa_attn(self, query, key, value, attention_mask=None):
     if attention_mask is not None and attention_mask.shape[1] == 2:  # both masks of `attention_mask`: full, windowed
         attention_mask = attention_mask[:, int(local), None]
     elif local:  # rows of one completion: the window by place that the module keeps
-        near = self.bias[:, :, key.shape[-2] - query.shape[-2] : key.shape[-2], : key.shape[-2]]
+        near = self.bias[:, :, : key.shape[-2], : key.shape[-2]]
         never = False if attention_mask is None or attention_mask.dtype == torch.bool else torch.finfo(value.dtype).min
         attention_mask = near if attention_mask is None else attention_mask.masked_fill(~near, never)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -273,8 +272,7 @@ def _sdpa_attn(self, query, key, value, attention_mask=None):
         key.to(value.dtype),
         value,
         attn_mask=attention_mask,
-        dropout_p=self.attn_dropout.p if self.training else 0.0,
-        is_causal=attention_mask is None and query.shape[-2] > 1,
+        is_causal=attention_mask is None,
         scale=1 / getattr(self, "scale_attn", 1.0),  # GPT-Neo does not scale
     )
     return output, None

@@ -163,14 +163,11 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         raise InputError(
             "--cache_trunk: with --train_embeddings the frozen layers' outputs change; choose one of the two"
         )
-    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
-    batches = [  # of two rows, the second one padded
-        rows.collate([{"prefix": ids, "completions": [[9, 10, 11], [12]], **rest}], row_layout="separate", pad_id=0, row_limit=9)
-        for ids in ([5, 6, 7], [8, 20, 21])
-    ]  # fmt: skip
+    # Of two rows, the second one padded.
+    batches = [attention.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     try:
         with attention.trying():
-            model = RewardModel(attention._small_model(config, None, args.max_length))
+            model = RewardModel(attention.small_model(config, args.max_length))
             for p in model.parameters():
                 p.data = torch.randn_like(p) * p.shape[-1] ** -0.5
             below = freeze_bottom_layers(model, 1 if len(frozen.layers) == frozen.total_layers else 0.5).layers

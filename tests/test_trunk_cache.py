@@ -321,7 +321,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tm
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
     """The last block of one model adds what attention gave in the first; another trains a layer below the first block."""
     config, args = CONFIGS["llama"](99), Namespace(train_embeddings=False, max_length=100)
-    frozen, small, kept = Frozen([0, 1, 2], [], 4), attention._small_model, {}
+    frozen, small, kept = Frozen([0, 1, 2], [], 4), attention.small_model, {}
 
     def leaky(*arguments):
         model = small(*arguments)
@@ -330,7 +330,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         return model
 
     assert probe_trunk_cache(args, config, frozen) is None
-    monkeypatch.setattr(attention, "_small_model", leaky)
+    monkeypatch.setattr(attention, "small_model", leaky)
     with pytest.raises(InputError, match="not for llama .its layers hand on more than hidden states"):
         probe_trunk_cache(args, config, frozen)
 
@@ -340,7 +340,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         model.layers[0].register_forward_pre_hook(lambda module, inputs: (model.before(inputs[0]),))
         return model
 
-    monkeypatch.setattr(attention, "_small_model", trains_below)
+    monkeypatch.setattr(attention, "small_model", trains_below)
     with pytest.raises(InputError, match="below the first trained layer"):
         probe_trunk_cache(args, config, frozen)
 
