@@ -374,7 +374,7 @@ def whole_model(output: Path) -> Iterator[Path]:
     """
     partial = output / f"model{PARTIAL}"
     try:
-        _make_empty(partial)
+        partial.mkdir()
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
