@@ -39,7 +39,6 @@ from minirm.rows import Batch, collate
 from minirm.sources import InputError, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
-TRACKERS = ["tensorboard", "wandb"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
@@ -104,7 +103,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="export the model of the evaluation with the lowest eval_loss, that of step 0 aside, or the last one")
     add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
-    add("--report_to", nargs="+", default=["none"], choices=["none", *TRACKERS], help="trackers to send each row of metrics.jsonl to")
+    add("--report_to", nargs="+", default=["none"], choices=["none", "tensorboard", "wandb"],
+        help="send the numbers of metrics.jsonl there as well")
     add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
     add("--shard_size", type=int, default=0, help="processes that share one copy of the trained parameters; 0: a machine's")
     add("--cpu_offload", action="store_true", help="trained parameters and optimizer in host memory, for GPUs; off: on the device")
@@ -132,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise InputError(
                     f"--{name} does not go with --loss trlx; choose --loss divergence or last, or leave it away"
                 )
-    for name in set(args.report_to) & set(TRACKERS):
+    for name in set(args.report_to) - {"none"}:
         if not getattr(find_spec(name), "origin", None):  # None: a mere folder of that name
             raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}")
     idle = {
@@ -442,8 +442,9 @@ def train(args: argparse.Namespace) -> None:
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
             try:
                 save_curves([output], output / "curves.png")
-            except InputError as error:  # without matplotlib there is no picture, but a model
-                print(error)
+                print(f"the curves are in {output / 'curves.png'}")
+            except Exception as error:  # noqa: BLE001 - matplotlib is not there, or broken: no picture, but a model
+                print(f"no curves.png: {one_line(error)}")
             with checkpoint.whole_model(output) as folder:
                 export(state, config, tokenizer, folder, notes)
                 (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))

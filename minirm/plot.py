@@ -78,7 +78,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
         figure = draw(runs)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{picture} needs {error.name}: pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
+            f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
         ) from None
     try:
         figure.savefig(picture, dpi=144, metadata={"Software": None})
@@ -91,7 +91,7 @@ def draw(runs: dict[str, list[dict]]):
     import matplotlib
     from matplotlib.figure import Figure
 
-    one, bests, lines = len(runs) == 1, [best_evaluation(rows) for rows in runs.values()], []
+    one, bests, lines = len(runs) == 1, [best_evaluation(rows) for rows in runs.values()], {}
     when = f"held-out, step {bests[0].get('step', 0):,}" if one else "held-out, best step of each"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 9.5), layout="constrained")
@@ -111,45 +111,46 @@ def draw(runs: dict[str, list[dict]]):
         ]:
             panel.set(title=title, xlabel=x, ylabel=y)
         for n, (rows, best) in enumerate(zip(runs.values(), bests)):
-            color, marker = COLORS[n % len(COLORS)], f"{MARKERS[n % len(MARKERS)]}-"
-            other = COLORS[1] if one else color
+            color = COLORS[n % len(COLORS)]
+            other = COLORS[1] if one else color  # of what stands beside: train, rejected
+            dots = {"color": color, "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
             for panel, key in ((loss, "loss"), (accuracy, "accuracy")):
                 panel.plot(*training_curve(rows, key), "--", color=other, linewidth=1, label="train")
-                line = panel.plot(*column(rows, f"eval_{key}"), marker, color=color, markersize=4, label="held-out")
+                lines[n] = panel.plot(*column(rows, f"eval_{key}"), **dots, label="held-out")[0]
                 if best:
-                    panel.plot(best["step"], best[f"eval_{key}"], "*", color=color, markeredgecolor="black", markersize=11,
-                               label="lowest held-out loss")  # fmt: skip
-            lines += line
+                    star = {
+                        "color": color,
+                        "markeredgecolor": "black",
+                        "markersize": 11,
+                        "label": "lowest held-out loss",
+                    }
+                    panel.plot(best["step"], best[f"eval_{key}"], "*", **star)
             (steps, low), (_, high) = column(rows, "eval_accuracy_low"), column(rows, "eval_accuracy_high")
             if steps:
                 accuracy.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="95 % interval")
-            for side, line, shade in (("chosen", "-", color), ("rejected", "--", other)):
+            for side, style, shade in (("chosen", "-", color), ("rejected", "--", other)):
                 if sum(counts := (best.get("eval_histogram") or {}).get(side, [])):
                     edges = best["eval_histogram"]["edges"]
                     heights = [c / sum(counts) / (b - a) for c, a, b in zip(counts, edges, edges[1:])]
-                    rewards.stairs(heights, edges, color=shade, linestyle=line, linewidth=1.5, label=side)
-            if bins := [of for of in best.get("eval_calibration") or [] if of["pairs"]]:
+                    rewards.stairs(heights, edges, color=shade, linestyle=style, linewidth=1.5, label=side)
+            if bins := best.get("eval_calibration"):
                 error = f", error {best['eval_calibration_error']:.3f}" if one else ""
                 points = [of["predicted"] for of in bins], [of["observed"] for of in bins]
-                calibration.plot(*points, marker, color=color, markersize=4, label=f"measured{error}")
+                calibration.plot(*points, **dots, label=f"measured{error}")
                 calibration.axline((0.5, 0.5), slope=1, color=GREY, linestyle=":", linewidth=1, label="perfect")
             if shares := best.get("eval_accuracy_by_position"):
-                position.plot(
-                    range(1, len(shares) + 1), shares, marker, color=color, markersize=4, label="by the rewards there"
-                )
-            if best.get("eval_length_accuracy") is not None:
-                position.axhline(
-                    best["eval_length_accuracy"],
-                    color=other,
-                    linestyle=":",
-                    label="the longer answer is the chosen one",
-                )
-            scales, (_, skipped) = column(rows, "loss_scale"), column(rows, "skipped_steps")
-            if any(skipped) or set(scales[1]) - {1.0}:
-                scale.plot(*scales, drawstyle="steps-post", color=color, label="loss scale")
+                position.plot(tenths := range(1, len(shares) + 1), shares, **dots, label="by the rewards there")
+                position.set_xticks(tenths)
+                longer = best["eval_length_accuracy"]
+                position.axhline(longer, color=other, linestyle=":", label="the longer answer is the chosen one")
+            (steps, scales), (_, skipped) = column(rows, "loss_scale"), column(rows, "skipped_steps")
+            if any(skipped) or set(scales) - {1.0}:
+                scale.plot(steps, scales, drawstyle="steps-post", color=color, label="loss scale")
                 at = [i for i, count in enumerate(skipped) if count > (skipped[i - 1] if i else 0)]
-                scale.plot(*([values[i] for i in at] for values in scales), "x", color=color,
-                           label=f"skipped steps{f': {skipped[-1]}' if one else ''}")  # fmt: skip
+                crosses = [steps[i] for i in at], [scales[i] for i in at]
+                scale.plot(
+                    *crosses, "x", color=color, label=f"skipped steps: {skipped[-1]}" if one else "skipped steps"
+                )
                 scale.set_yscale("log", base=2)
         for panel in panels:
             handles, labels = panel.get_legend_handles_labels()
@@ -163,7 +164,7 @@ def draw(runs: dict[str, list[dict]]):
                 text = "off: nothing is scaled in fp32 and bf16" if panel is scale else "not in metrics.jsonl"
                 panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=GREY)
         if not one:
-            figure.legend(lines, list(runs), loc="outside upper center", ncols=min(4, len(runs)))
+            figure.legend(list(lines.values()), list(runs), loc="outside upper center", ncols=min(4, len(runs)))
     return figure
 
 

@@ -177,7 +177,7 @@ def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_
     run = server.run(*flags, "--output_dir", tmp_path / "without")  # see processes.py
     assert run.codes == [0] and not (tmp_path / "without" / "curves.png").exists()
     assert (
-        f"curves.png needs matplotlib: pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
+        f"no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
         in run.text()
     )
     run = server.run(
