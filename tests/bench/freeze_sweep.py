@@ -49,7 +49,7 @@ def data_sets(flags: list[str]) -> dict[str, list[str]]:
     sets = {"demo": [*tiny, "--train_data", str(demo.train), "--eval_data", str(demo.eval), *flags]}
     train, held_out = (str(shared / f"comparisons_{part}.jsonl") for part in ("train", "eval"))
     if Path(train).exists():  # answers of several hundred tokens, and an evaluation after every epoch
-        longer = ["--max_length", "512", "--num_train_epochs", "3", "--eval_steps", "35", "--logging_steps", "5"]
+        longer = ["--max_length", "384", "--num_train_epochs", "3", "--eval_steps", "33", "--logging_steps", "5"]
         sets["real comparisons"] = [*tiny, "--train_data", train, "--eval_data", held_out, *longer, *flags]
     return sets
 
@@ -82,7 +82,7 @@ def run(folder: Path, flags: list[str]) -> dict:
     result = {
         "flags": flags, "took": took, "memory": peak - before, "best": best["eval_accuracy"], "low": best["eval_accuracy_low"], "high": best["eval_accuracy_high"],
         "best step": best["step"], "last": evaluations[-1]["eval_accuracy"], "last step": evaluations[-1]["step"],
-        "eval pairs": best["eval_pairs"], "train": sum(r["accuracy"] * r["pairs"] for r in last) / sum(r["pairs"] for r in last),
+        "eval pairs": best["eval_pairs"], "longer": best["eval_length_accuracy"], "train": sum(r["accuracy"] * r["pairs"] for r in last) / sum(r["pairs"] for r in last),
         "seconds": [1 / r["pairs_per_second"] for r in training],
     }  # fmt: skip
     done.write_text(json.dumps(result))
@@ -153,8 +153,9 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
                 ylim=(0, None),
                 xticks=x,
             )
-        for panel in panels[:, 0]:
-            panel.legend()
+            if name == next(iter(sets)):
+                cost.legend()
+                figure.legend(*accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
