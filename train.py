@@ -28,13 +28,14 @@ from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
 from minirm.data import prepare, totals
 from minirm.demo import DEMO_DEFAULTS, build_demo
+from minirm.estimate import estimate, table
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.measure import TENTHS, describe, final_report, headline, measure, right_by_tenth
 from minirm.model import empty_model, export, load_config, load_weights, stored_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.plot import open_trackers, save_curves
-from minirm.report import model_card, start_report
+from minirm.report import model_card, profiler, start_report
 from minirm.rows import Batch, collate
 from minirm.sources import InputError, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
@@ -109,19 +110,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard_size", type=int, default=0, help="processes that share one copy of the trained parameters; 0: a machine's")
     add("--cpu_offload", action="store_true", help="trained parameters and optimizer in host memory, for GPUs; off: on the device")
     add("--cache_trunk", help="folder to keep the frozen layers' outputs in, computed once for all epochs and runs; off: none")
+    add("--profile", type=int, default=0, help="optimizer steps to profile, the third and on; traces go to --output_dir; 0: off")
+    add("--plan", action="store_true", help="say what a run would take in memory, network and time, and end; needs no data")
+    add("--world_size", type=int, default=1, help="devices to plan for")
+    add("--device", type=float, nargs=3, metavar=("GB", "TFLOP/s", "GB/s"),
+        help="what each of them has, computes at this precision, and sends; without it: an H100, 80 400 300, or this machine's memory")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
     # fmt: on
     args = parser.parse_args(argv)
     if args.model == "demo":  # so small a model wants other values than one of billions of parameters
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length",
+                 "world_size"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
     for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps",
-                 "save_steps", "save_total_limit", "shard_size", "center_rewards_coefficient", "margin_scale"):  # fmt: skip
+                 "save_steps", "save_total_limit", "shard_size", "center_rewards_coefficient", "margin_scale",
+                 "profile"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.device and min(args.device) <= 0:
+        raise InputError(f"--device needs three positive numbers, got {args.device}")
     if not 0 <= args.freeze_ratio <= 1:
         raise InputError(f"--freeze_ratio must lie in 0..1, got {args.freeze_ratio}")
     if not 0 <= args.seed < 2**63:
@@ -138,7 +148,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
-        "--keep": args.eval_steps == 0, "--cpu_offload": not torch.cuda.is_available(),
+        "--keep": args.eval_steps == 0, "--cpu_offload": not torch.cuda.is_available() and not args.plan,
+        "--world_size": not args.plan, "--device": not args.plan,
     }  # fmt: skip
     for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in (argv or sys.argv)]:
         beside = "without a GPU" if flag == "--cpu_offload" else "beside the other flags"
@@ -157,6 +168,23 @@ def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tenso
     if args.center_rewards_coefficient:
         losses = losses + args.center_rewards_coefficient * centering_loss(*ends, **each)
     return losses
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Prints what a run would take. Reads the model's configuration, nothing else."""
+    if not args.device:
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
+        args.device = [memory, 400, 300]
+    dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
+    config, _ = load_config(
+        str(build_demo(args.seed).model) if args.model == "demo" else args.model, args.chat_template
+    )
+    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
+    try:
+        found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
+    except ValueError as error:
+        raise InputError(f"--model {args.model}: {error}") from None
+    print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -345,6 +373,7 @@ def train(args: argparse.Namespace) -> None:
     sums = before[:4].to(device)  # weighted loss, weight, correct, reward margin
     seen = before[4:]  # pairs, tokens, places with padding, tokens without sharing
     since = time.perf_counter() - run.state["seconds"]
+    profiled = profiler(args.profile, total_steps - start, output, patient)
     for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or step == start:
@@ -390,6 +419,7 @@ def train(args: argparse.Namespace) -> None:
             scheduler.step()
         step += 1
         bar.update()
+        profiled()
 
         if due(args.logging_steps, step):
             seconds = time.perf_counter() - since
@@ -469,7 +499,8 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()  # missing weights are refused in load_weights, all else is expected
     line, code, rank = "", 0, os.environ.get("RANK", "0")
     try:
-        train(parse_args(argv))
+        args = parse_args(argv)
+        (show_plan if args.plan else train)(args)
     except InputError as error:
         line, code = f"error: {error}", 2
     except Stop as stop:

@@ -45,6 +45,7 @@ FREE = {
     "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
     "save_total_limit", "keep", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
     "per_device_train_batch_size", "gradient_accumulation_steps", "report_to", "shard_size", "cpu_offload",
+    "profile", "plan", "world_size", "device",
 }  # fmt: skip
 # What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
 START = {"step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {}}  # fmt: skip

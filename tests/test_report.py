@@ -5,11 +5,13 @@ more): prompt "p" + separator "|" + answers of 9 ("a b c d e") and 11 ("a b c d 
 + 1 = 12 and 14 tokens.
 """
 
+import gzip
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import make_comparisons, make_model, make_tokenizer, write_jsonl
 
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
@@ -241,3 +243,25 @@ def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     assert "apply_chat_template" in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
+
+
+def test_profile_writes_a_trace_for_every_process_and_one_table(server, model_folder, tmp_path):
+    data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
+    flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--max_length", 200]
+    flags += ["--output_dir", tmp_path / "out", "--max_steps", 5, "--profile", 2]
+    run = server.run(*flags, world=2)
+    assert run.codes == [0, 0], run.text()[-3000:]
+    for rank in (0, 1):
+        events = json.loads(gzip.decompress((tmp_path / "out" / f"trace-rank{rank}.json.gz").read_bytes()))[
+            "traceEvents"
+        ]
+        names = {event.get("name") for event in events}
+        assert {"ProfilerStep#2", "ProfilerStep#3"} <= names  # the third and fourth, counted from 0
+        assert "ProfilerStep#4" not in names and any("gloo:" in str(name) for name in names)
+    rows = re.findall(r"^([01]) +[\d.]+ +(.*%)$", run.text(), re.MULTILINE)
+    assert [rank for rank, _ in rows] == ["0", "1"]
+    shares = [[float(share) for share in row.replace("%", "").split()] for _, row in rows]
+    assert all(sum(row) == pytest.approx(100, abs=0.5) and row[0] > 0 and row[3] > 0 for row in shares)
+    assert min(row[4] for row in shares) == 0  # one of them waits for nobody
+    again = server.run(*flags, "--max_steps", 6, world=2)  # the traces are no other run's files
+    assert again.codes == [0, 0] and "--profile 2 needs 4 steps, only 1 are to come" in again.text()

@@ -1,0 +1,155 @@
+"""Weak scaling: pairs per second and process over 1, 2 and 4 processes, and the bytes they send.
+
+    python tests/bench/scaling.py [--width 256] [--layers 12] [--repeat 3] [--processes 1 2 4]
+
+The real train.py, every process pinned to a core of its own with one thread, every one with 4 prompts a step of which
+70 % of the layers are frozen. Numbers of processes take turns. Run it when nothing else runs: the load is printed.
+
+Bytes are those that a ring sends for the calls that are made, of a step: (n - 1)/n of what is gathered or scattered,
+twice that of what is summed. They are to equal those of `train.py --plan`. Gloo itself makes a sum of every scattered
+sum, so that on the CPU more goes over the wire; NCCL does not.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+COUNT = """
+import json, torch.distributed as dist
+sent = {"gathered": 0.0, "reduced": 0.0}
+def counting(name, function, key):
+    def run(output, tensor, *args, group=None, **options):
+        others = 1 - 1 / dist.get_world_size(group)
+        sent[key] += others * (output if key == "gathered" else tensor).nbytes
+        return function(output, tensor, *args, group=group, **options)
+    setattr(dist, name, run)
+counting("all_gather_into_tensor", dist.all_gather_into_tensor, "gathered")
+counting("reduce_scatter_tensor", dist.reduce_scatter_tensor, "reduced")
+main = train.main
+def counted(argv):
+    code = main(argv)
+    open(f"{argv[argv.index('--output_dir') + 1]}/sent-{rank}.json", "w").write(json.dumps(sent))
+    return code
+train.main = counted
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    args = parser.parse_args()
+
+    import torch
+    import transformers
+    from conftest import WORDS, make_tokenizer, read_metrics, write_jsonl
+    from processes import Server
+
+    import train
+    from minirm.estimate import estimate
+
+    folder = Path(tempfile.mkdtemp(prefix="minirm-scaling-"))
+    tokenizer = make_tokenizer()
+    config = transformers.GPTJConfig(
+        vocab_size=len(tokenizer), n_embd=args.width, n_layer=args.layers, n_head=max(1, args.width // 64), rotary_dim=64,
+        n_positions=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+
+    def text(words: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist())
+
+    count = 4 * max(args.processes) * (args.steps + 1)
+    data = [{"prompt": f"{i} {text(300)}", "chosen": text(34), "rejected": text(34) + " x"} for i in range(count)]
+    train_data, eval_data = write_jsonl(folder / "train.jsonl", data), write_jsonl(folder / "eval.jsonl", data[:2])
+    server, logs = Server(folder), []
+
+    def run(world: int, steps: int, patch: str, *more) -> Path:
+        output = folder / f"{world}-{steps}-{len(list(folder.iterdir()))}"
+        flags = [
+            "--model",
+            folder / "model",
+            "--train_data",
+            train_data,
+            "--eval_data",
+            eval_data,
+            "--output_dir",
+            output,
+        ]
+        flags += [
+            "--max_steps",
+            steps,
+            "--logging_steps",
+            args.steps,
+            "--eval_steps",
+            0,
+            "--save_steps",
+            0,
+            "--precision",
+            "fp32",
+        ]
+        finished = server.run(*flags, *more, world=world, patch=patch, timeout=500)
+        logs.append(finished)
+        assert finished.codes == [0] * world, finished.text()[-3000:]
+        return output
+
+    cores = sorted(os.sched_getaffinity(0))
+    pin = f"import os, torch; os.sched_setaffinity(0, {{{cores}[rank % {len(cores)}]}}); torch.set_num_threads(1)"
+    print(
+        f"gptj, {args.layers} layers of width {args.width}, 4 prompts a step and process, fp32, {len(cores)} cores; load {os.getloadavg()}"
+    )
+    rates: dict[int, list[float]] = {world: [] for world in args.processes}
+    try:
+        for _ in range(args.repeat):
+            for world in args.processes:
+                # The first row is warmed up in: of two rows the second counts.
+                output = run(world, 2 * args.steps, pin)
+                rows = [row for row in read_metrics(output) if "pairs_per_second" in row]
+                rates[world].append(rows[-1]["pairs_per_second"] / world)
+                shutil.rmtree(output)
+        base = statistics.median(rates[args.processes[0]])
+        print(
+            f"load afterwards {os.getloadavg()}\n{'processes':>9}{'pairs/s each':>14}{'from':>8}{'to':>8}{'ratio':>8}"
+        )
+        for world, values in rates.items():
+            median = statistics.median(values)
+            print(f"{world:>9}{median:>14.2f}{min(values):>8.2f}{max(values):>8.2f}{median / base:>8.3f}")
+        print(f"{'processes':>9}{'':>12}{'MB a step counted':>20}{'planned':>10}")
+        for world in [world for world in args.processes if world > 1]:
+            totals = []
+            for steps in (2, 4):  # evaluations gather as well: the difference is two steps
+                sent = [json.loads(path.read_text()) for path in run(world, steps, COUNT).glob("sent-*.json")]
+                totals.append({key: sum(of_rank[key] for of_rank in sent) / world for key in sent[0]})
+            flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
+            found = estimate(config, train.parse_args(flags), torch.float32, "shared")["sent"]
+            planned = {
+                "gathered": sum(v for k, v in found.items() if "gathered" in k),
+                "reduced": found["gradients reduced, fp32"],
+            }
+            for key, value in planned.items():
+                counted = (totals[1][key] - totals[0][key]) / 2
+                print(f"{world:>9}{key:>12}{counted / 1e6:>20.3f}{value / 1e6:>10.3f}")
+        run(max(args.processes), 6, pin, "--profile", 3)
+        print("\n" + re.search(r"3 steps profiled.*(\n(process|\d).*)+", logs[-1].text())[0])
+    finally:
+        server.close()
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

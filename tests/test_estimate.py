@@ -1,0 +1,161 @@
+"""train.py --plan: counted by hand for GPT-J-6B, measured on small models, for every kind of decoder.
+
+Run: pytest tests/test_estimate.py. Needs no network and no GPU. Literals are derived here, for GPT-J-6B's configuration
+(28 layers of width 4096, an MLP of 16384, 50400 embeddings), fp16, the recipe: 8 of 28 layers trained, 4 micro-steps of
+one row of 2 x 550 = 1100 tokens.
+
+    a layer      q, k, v, out 4 x 4096^2; MLP 2 x 4096 x 16384, biases 16384 + 4096; norm 2 x 4096       201,355,264
+    trained      8 layers, the last norm 2 x 4096, the head 4096                                       1,610,854,400
+    frozen       20 layers, embeddings 50400 x 4096                                                    4,233,543,680
+    matrices of a layer                                                                                  201,326,592
+    forward      a micro-step: 2 x 1100 x (28 matrices + head), attention 4 x 1100^2 x 4096 x 28 layers: 12.9568e12 FLOP
+    backward     8 layers, twice that of their matrices and head; attention 2.5 times, since it computes its products
+                 anew: 8 x 2 x 2 x 1100 x 201,326,592 + 2 x 2 x 1100 x 4096 + 8 x 10 x 1100^2 x 4096 = 7.4832e12 FLOP
+    sent by one of S that share a copy: (S - 1)/S of 2 bytes, twice a micro-step, and of 4 bytes once a step;
+                 between R copies 2 (R - 1)/R of its fp32 gradients, 4 bytes x trained / S
+"""
+
+import importlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, ROOT
+
+import train
+from minirm.estimate import estimate
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+memory = importlib.import_module("memory")
+
+TRAINED, FROZEN = 1_610_854_400, 4_233_543_680
+FORWARD, BACKWARD = 4 * 12_956_816_998_400, 4 * 7_483_206_860_800
+
+
+def gptj_6b(layers=28):
+    sizes = {"n_embd": 4096, "n_layer": layers, "n_head": 16, "rotary_dim": 64, "n_positions": 2048}
+    return transformers.GPTJConfig(vocab_size=50400, **sizes)
+
+
+def planned(config, *flags, dtype=torch.float16, layout="shared"):
+    args = train.parse_args(["--model", "any", "--plan", "--device", "80", "400", "300", *map(str, flags)])
+    return estimate(config, args, dtype, layout)
+
+
+@pytest.mark.parametrize("devices, shards, copies", [(1, 1, 1), (8, 8, 1), (64, 8, 8)])
+def test_gpt_j_6b_takes_what_is_counted_by_hand(devices, shards, copies):
+    found = planned(gptj_6b(), "--world_size", devices)
+    assert (found["trained"], found["frozen"], found["shards"]) == (TRAINED, FROZEN, shards)
+    assert (found["rows"], found["length"]) == (1, 1100)
+    assert found["always"]["trained parameters, fp32"] == 4 * TRAINED / shards
+    assert found["always"]["moments of AdamW, fp32"] == 8 * TRAINED / shards
+    assert found["step"]["gradients, fp32"] == 4 * TRAINED / shards
+    assert found["backward"]["whole gradients of earlier micro-steps, fp32"] == 4 * TRAINED
+    # Whole on every device, and a shard beside where there are several; 28 buffers of rotary positions, 2048 x 64 in fp32.
+    weights = 2 * FROZEN * (1 if devices == 1 else 9 / 8)
+    assert found["always"]["frozen parameters"] == pytest.approx(weights + 28 * 2048 * 64 * 4, rel=1e-3)
+    assert list(found["sent"].values()) == pytest.approx(
+        [
+            4 * 2 * TRAINED * (1 - 1 / shards),  # 4 micro-steps of 2 bytes
+            4 * 2 * TRAINED * (1 - 1 / shards),
+            0,
+            4 * TRAINED * (1 - 1 / shards),
+            2 * (1 - 1 / copies) * 4 * TRAINED / shards,
+        ]
+    )
+    assert (found["checkpoint"], found["trunk cache"]) == (12 * TRAINED, 8192e6)
+    assert (found["forward FLOP"], found["backward FLOP"]) == (FORWARD, BACKWARD)
+    assert found["computing"] == pytest.approx((FORWARD + BACKWARD) / 400e12)
+    assert found["sending"] == pytest.approx(sum(found["sent"].values()) / 300e9)
+
+
+def test_flags_move_what_they_should():
+    """7 layers of the same size, two of them trained."""
+    seven = partial(gptj_6b, layers=7)
+    usual, few = planned(seven()), planned(seven(), "--gradient_accumulation_steps", 1)
+    assert few["backward"]["whole gradients of earlier micro-steps, fp32"] == 0
+    assert few["forward FLOP"] == usual["forward FLOP"] / 4 and few["peak"] < usual["peak"]
+    twice = planned(seven(), "--per_device_train_batch_size", 2)
+    assert twice["forward FLOP"] == 2 * usual["forward FLOP"]
+    assert 1.8 < twice["backward"]["activations"] / usual["backward"]["activations"] < 2.1
+    saving = planned(seven(), "--gradient_checkpointing")
+    assert saving["backward"]["activations"] < 0.7 * usual["backward"]["activations"]  # of two layers one remains
+    # The trained layers' forward pass a second time but for the last product, the third of a layer that leads out of it.
+    again = 4 * 2 * (2 * 1100 * (201_326_592 - 4096 * 16384) + 4 * 1100**2 * 4096)
+    assert saving["backward FLOP"] - usual["backward FLOP"] == again
+    single = planned(seven(), dtype=torch.float32)
+    assert single["always"]["frozen parameters"] == pytest.approx(2 * usual["always"]["frozen parameters"], rel=1e-2)
+    separate = planned(seven(), layout="separate")
+    assert (separate["rows"], separate["length"]) == (2, 550)
+    embeddings = planned(seven(), "--train_embeddings")
+    assert embeddings["trained"] - usual["trained"] == 50400 * 4096
+    assert embeddings["backward FLOP"] > 1.9 * usual["backward FLOP"]  # it crosses the frozen layers
+    assert planned(seven(), "--freeze_ratio", 0)["frozen"] == 0
+    head = planned(seven(), "--freeze_ratio", 1)
+    assert head["trained"] == 4096 and head["backward"]["activations"] < usual["backward"]["activations"]
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_operations_are_those_of_the_matrices_and_attention_in_every_family(family, dtype, layout):
+    """4 layers, width 32, heads as wide: 2 a token and number of a matrix, 4 L^2 x 32 in attention, and the head."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    gemma = lambda v: transformers.Gemma2Config(vocab_size=v, num_hidden_layers=4, sliding_window=16, **sizes)
+    config = (CONFIGS | {"gemma2": gemma})[family](400)
+    found = planned(config, "--max_length", 64, "--gradient_accumulation_steps", 1, dtype=dtype, layout=layout)
+    rows, length = {"shared": (1, 128), "separate": (2, 64)}[layout]
+    assert (found["rows"], found["length"]) == (rows, length)
+    model = transformers.AutoModel.from_config(config)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "emb" not in name)
+    matrices -= sum(p.numel() for name, p in model.named_parameters() if name in ("wte.weight", "wpe.weight"))
+    expected = 2 * rows * length * (matrices + 32) + 4 * rows * length**2 * 32 * 4
+    assert found["forward FLOP"] == pytest.approx(expected, rel=0.02)  # rotary tables are products, too
+    assert 0 < found["backward FLOP"] < 2.5 * found["forward FLOP"] / 2
+    assert found["backward"]["activations"] > 0
+
+
+def test_memory_is_what_a_process_takes():
+    cases = [
+        {"family": family, "accumulation": micro_steps, "checkpointing": checkpointing, "width": 256, "layers": 6, "batch": 2,
+         "max_length": 300, "world_size": 1}
+        for family, micro_steps, checkpointing in (("gptj", 1, False), ("llama", 2, True), ("gpt2", 2, False))
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        measured = list(pool.map(memory.measure, cases))
+    for case, found in zip(cases, measured):
+        plan = memory.expected(case)
+        for name in ("frozen", "trained", "gradients", "moments"):
+            assert plan[name] == pytest.approx(found[name], rel=0.05), (case, name)
+        assert plan["peak"] == pytest.approx(found["peak"], rel=0.2), case
+        assert found["peak"] > 1.5 * sum(found[name] for name in ("frozen", "trained", "moments"))  # activations matter
+
+
+def test_the_command_needs_no_weights_and_no_data_and_leaves_nothing_behind(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in model_folder("gptj").glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert train.main(["--plan", "--model", str(folder), "--world_size", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 devices of 80 GB" in shown and "float16" in shown and "it fits" in shown
+    assert train.main(["--plan", "--model", str(folder), "--device", "0.001", "1", "1", "--precision", "bf16"]) == 0
+    shown = capsys.readouterr().out
+    assert "IT DOES NOT FIT" in shown and "bfloat16" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not torch.distributed.is_initialized()
+    for flags in (["--device", "80", "0", "1"], ["--world_size", "0"], ["--model", "nowhere"]):
+        assert train.main(["--plan", "--model", str(folder), *flags]) == 2
+        assert capsys.readouterr().err.startswith("train.py: error: --")
