@@ -161,7 +161,9 @@ def read_texts(
             raise InputError(f"{where}: {one_line(error)}") from None
         if "schema" not in report:
             report["schema"] = schemas.describe(schema, row)
-        prompt, completions, compared, ties, _, own_separator, subset = example
+        prompt, completions, compared, ties, labelled, own_separator, subset = example
+        if keep == "all" and not labelled:
+            compared = []
         chat = not isinstance(completions[0], str)
         answers = ["\n".join(m["content"] for m in turns) for turns in completions] if chat else completions
         pairs = []
@@ -219,12 +221,20 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 
 def tokenise(
-    prompts: list[list[dict]], tokenizer, counts: list[Counter], *, max_length: int, overlong: str, keep: str = "worth"
+    prompts: list[list[dict]],
+    tokenizer,
+    counts: list[Counter],
+    *,
+    max_length: int,
+    overlong: str,
+    keep: str = "worth",
+    end_turn: bool = True,
 ) -> Iterator[tuple[dict, list[tuple[dict, dict[int, int]]]]]:
     """Groups (see the top of this file) of prompts, each a list of its examples, as TEXTS.
 
     Yields a group, and for each of its examples where its completions are: {number in texts: index into completions}.
-    `counts`, one for each source, get kept, cut, and why others were dropped.
+    `counts`, one for each source, get kept, cut, and why others were dropped. `end_turn` False: what the chat template
+    gives stays as it is.
 
     An over-long example loses the left end of its prompt (never BOS, the answers or EOS), as much as its longest answer
     needs, so that all of them still follow the same text. Other examples of the prompt keep theirs whole: they form a
@@ -236,7 +246,10 @@ def tokenise(
     for chat in (False, True):
         texts = [text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"]]
         texts = list(dict.fromkeys(texts))
-        ids_of |= {(chat, text): ids for text, ids in zip(texts, encode(tokenizer, texts, chat) if texts else ())}
+        ids_of |= {
+            (chat, text): ids
+            for text, ids in zip(texts, encode(tokenizer, texts, chat, end_turn or not chat) if texts else ())
+        }
     for examples in prompts:
         by_cut: dict[int, list[tuple]] = {}
         for example in examples:

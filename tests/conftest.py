@@ -46,14 +46,14 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None):
+def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400):
     """A byte-level BPE of a few hundred tokens: every text can be written with it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token in (eos, pad, bos) if token]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts or [" ".join(WORDS)] * 4, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, bos_token=bos)
