@@ -218,7 +218,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which the probe could not try gradients
 def run(args: argparse.Namespace) -> dict:
     for source in args.data:
         fingerprint(source)  # refuses what is not there, before the model is loaded
