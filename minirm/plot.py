@@ -101,12 +101,7 @@ def draw(runs: dict[str, list[dict]]):
             (accuracy, "Accuracy", "optimizer step", "share of pairs right"),
             (rewards, f"Rewards ({when})", "reward of an answer", "share of answers per unit of reward"),
             (calibration, f"Calibration ({when})", "sigmoid of the difference in reward", "share of pairs right"),
-            (
-                position,
-                f"Along the answer ({when})",
-                "tenth of the answer, from the first difference on",
-                "share right",
-            ),
+            (position, f"Along the answer ({when})", "tenth of the answer from the first difference", "share right"),
             (scale, "Loss scaling (fp16)", "optimizer step", "loss scale"),
         ]:
             panel.set(title=title, xlabel=x, ylabel=y)
@@ -119,12 +114,12 @@ def draw(runs: dict[str, list[dict]]):
                 lines[n] = panel.plot(*column(rows, f"eval_{key}"), **dots, label="held-out")[0]
                 if best:
                     star = {
-                        "color": color,
-                        "markeredgecolor": "black",
+                        "marker": "*",
                         "markersize": 11,
+                        "markeredgecolor": "black",
                         "label": "lowest held-out loss",
                     }
-                    panel.plot(best["step"], best[f"eval_{key}"], "*", **star)
+                    panel.plot(best["step"], best[f"eval_{key}"], color=color, **star)
             (steps, low), (_, high) = column(rows, "eval_accuracy_low"), column(rows, "eval_accuracy_high")
             if steps:
                 accuracy.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="95 % interval")
@@ -147,10 +142,8 @@ def draw(runs: dict[str, list[dict]]):
             if any(skipped) or set(scales) - {1.0}:
                 scale.plot(steps, scales, drawstyle="steps-post", color=color, label="loss scale")
                 at = [i for i, count in enumerate(skipped) if count > (skipped[i - 1] if i else 0)]
-                crosses = [steps[i] for i in at], [scales[i] for i in at]
-                scale.plot(
-                    *crosses, "x", color=color, label=f"skipped steps: {skipped[-1]}" if one else "skipped steps"
-                )
+                label = f"skipped steps: {skipped[-1]}" if one else "skipped steps"
+                scale.plot([steps[i] for i in at], [scales[i] for i in at], "x", color=color, label=label)
                 scale.set_yscale("log", base=2)
         for panel in panels:
             handles, labels = panel.get_legend_handles_labels()
@@ -192,11 +185,11 @@ def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -
     if "wandb" in names:
         import wandb
 
-        earlier = sorted(path.name for path in (output / "wandb").glob("*run-*-*"))  # ends with the id of the run
+        earlier = [path.name for path in (output / "wandb").glob("*run-*-*")]  # [offline-]run-<time>-<id>
         try:
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "minirm"), dir=output, config=arguments, allow_val_change=True,
-                id=earlier[0].rpartition("-")[2] if earlier else None, resume="allow",
+                id=earlier[0].partition("run-")[2].partition("-")[2] if earlier else None, resume="allow",
             )  # fmt: skip
         except wandb.Error as error:
             raise InputError(f"--report_to wandb: {one_line(error)}") from None

@@ -180,6 +180,12 @@ def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_
         f"no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
         in run.text()
     )
+    run = server.run(*flags, "--output_dir", tmp_path / "broken", patch="train.save_curves = None")  # not callable
+    assert (
+        run.codes == [0]
+        and (tmp_path / "broken" / "config.json").exists()
+        and "no curves.png: 'NoneType'" in run.text()
+    )
     run = server.run(
         *flags, "--output_dir", tmp_path / "with", world=2, patch="import sys; del sys.modules['matplotlib']"
     )
@@ -202,7 +208,7 @@ class Run:
 def init(dir, id=None, **options):
     if os.environ.get("WANDB_REFUSES"): raise Error("no key\\n(log in)")
     run, number = Run(), len(list(Path(dir).glob("wandb/*")))
-    run.folder = Path(dir) / "wandb" / f"run-{number}-{id or 'abc'}"
+    run.folder = Path(dir) / "wandb" / f"run-{number}-{id or 'a-run-c'}"
     run.folder.mkdir(parents=True)
     run.write("init", {"id": id, "rank": os.environ.get("RANK"), **options})
     return run
@@ -234,7 +240,7 @@ def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run
     open_trackers(["wandb"], tmp_path, arguments, 7)({"step": 8, "eval_loss": 0.4, "eval_accuracy/code": 1.0})
     first, second = told(tmp_path)
     begun = {"rank": None, "project": "minirm", "config": arguments, "allow_val_change": True, "resume": "allow"}
-    assert first[0] == ["init", {"id": None, **begun}] and second[0] == ["init", {"id": "abc", **begun}]
+    assert first[0] == ["init", {"id": None, **begun}] and second[0] == ["init", {"id": "a-run-c", **begun}]
     steps = [["define", [["train/global_step"], {}]]]
     steps += [["define", [["*"], {"step_metric": "train/global_step", "step_sync": True}]]]
     assert first[1:] == [*steps, ["log", SENT]]
@@ -258,7 +264,7 @@ def test_train_py_reports_every_row_from_the_first_process_alone_and_goes_on_in_
     assert server.run(*flags, "--max_steps", 2, world=2, patch=patch).codes == [0, 0]
     assert server.run(*flags, "--max_steps", 3, world=2, patch=patch).codes == [0, 0]
     first, second = told(output)
-    assert [(run[0][1]["id"], run[0][1]["rank"]) for run in (first, second)] == [(None, "0"), ("abc", "0")]
+    assert [(run[0][1]["id"], run[0][1]["rank"]) for run in (first, second)] == [(None, "0"), ("a-run-c", "0")]
     assert first[0][1]["config"]["freeze_ratio"] == 0.7
     logged = [content for what, content in first + second if what == "log"]
     rows = read_metrics(output)
