@@ -119,7 +119,7 @@ def draw(runs: dict[str, list[dict]]):
                         "markeredgecolor": "black",
                         "label": "lowest held-out loss",
                     }
-                    panel.plot(best["step"], best[f"eval_{key}"], color=color, **star)
+                    panel.plot(best["step"], best[f"eval_{key}"], "*", color=color, **star)
             (steps, low), (_, high) = column(rows, "eval_accuracy_low"), column(rows, "eval_accuracy_high")
             if steps:
                 accuracy.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="95 % interval")
