@@ -113,12 +113,7 @@ def draw(runs: dict[str, list[dict]]):
                 panel.plot(*training_curve(rows, key), "--", color=other, linewidth=1, label="train")
                 lines[n] = panel.plot(*column(rows, f"eval_{key}"), **dots, label="held-out")[0]
                 if best:
-                    star = {
-                        "marker": "*",
-                        "markersize": 11,
-                        "markeredgecolor": "black",
-                        "label": "lowest held-out loss",
-                    }
+                    star = {"markersize": 11, "markeredgecolor": "black", "label": "lowest held-out loss"}
                     panel.plot(best["step"], best[f"eval_{key}"], "*", color=color, **star)
             (steps, low), (_, high) = column(rows, "eval_accuracy_low"), column(rows, "eval_accuracy_high")
             if steps:
