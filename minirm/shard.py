@@ -1,8 +1,11 @@
 """Processes, precision and sharding, applied to a plain model from outside (FSDP2)."""
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -43,6 +46,9 @@ def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        # Gloo takes the address that belongs to this machine's name, on many machines 127.0.1.1, which no other reaches.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
         # Under --max_restarts torchrun keeps its store, and in it the addresses of the processes that are gone
@@ -58,6 +64,18 @@ def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
         return device, init_device_mesh(device.type, (processes,))
     sizes = processes // shard_size, shard_size
     return device, init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def interface_towards(host: str) -> str:
+    """The name of the network interface by which this machine reaches another, or "" (Linux, IPv4)."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address; 0x8915 is SIOCGIFADDR, see netdevice(7)
+                own = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))[20:24]
+                if socket.inet_ntoa(own) == probe.getsockname()[0]:
+                    return name
+    return ""
 
 
 def patient_group() -> dist.ProcessGroup:
