@@ -83,7 +83,7 @@ class Trainer:
         self.frozen = freeze_bottom_layers(self.model, 0.7)
         cast_frozen(self.model, dtype)
         shard(self.model, mesh, dtype)
-        fill(self.model, weights, device)
+        fill(self.model, device, False, None, None, lambda: weights)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
