@@ -88,7 +88,7 @@ def load(name: str, dtype) -> tuple:
         raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")
-    return model.eval(), config, tokenizer
+    return model.eval().requires_grad_(False), config, tokenizer
 
 
 def as_reward_model(classifier, config) -> RewardModel | None:
@@ -99,7 +99,7 @@ def as_reward_model(classifier, config) -> RewardModel | None:
     if heads != {"score.weight"} or not decoder or config.is_encoder_decoder:
         return None
     model = RewardModel(classifier.base_model)
-    model.score.weight = torch.nn.Parameter(classifier.score.weight.float())
+    model.score.weight = torch.nn.Parameter(classifier.score.weight.float(), requires_grad=False)
     return model.eval()
 
 
@@ -108,7 +108,10 @@ Scores = Iterator[tuple[int, int, float]]  # (number of the example, of the comp
 
 def decoder_scorer(model: RewardModel, config, tokenizer, args, counts: list[Counter], device) -> Callable[..., Scores]:
     """prompts, each a list of its examples -> Scores, in rows like those of training."""
-    share = not probe_shared_rows(config, max_length=args.max_length)
+    if reason := probe_shared_rows(config, max_length=args.max_length):
+        print(
+            f"every completion gets a row of its own, since shared rows would not be exact: {reason}", file=sys.stderr
+        )
     use_sdpa(model.trunk)
     dtype, limit = next(model.trunk.parameters()).dtype, 2 * args.max_length
 
@@ -125,7 +128,7 @@ def decoder_scorer(model: RewardModel, config, tokenizer, args, counts: list[Cou
             prompts, tokenizer, counts, max_length=args.max_length, overlong="truncate", keep="all", end_turn=False
         ):
             separate = group["shared_tokens"] + len(group["prefix"]) * (len(group["completions"]) - 1)
-            layout = "shared" if share and group["shared_tokens"] < WORTH_SHARING * separate else "separate"
+            layout = "shared" if not reason and group["shared_tokens"] < WORTH_SHARING * separate else "separate"
             by_layout[layout].append((*rows_of(group, layout), group, places))
         for layout, found in by_layout.items():
             found.sort(key=lambda item: item[0], reverse=True)  # the longest first: what does not fit shows at once
@@ -218,7 +221,6 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()  # not inference_mode, in which the probe could not try gradients
 def run(args: argparse.Namespace) -> dict:
     for source in args.data:
         fingerprint(source)  # refuses what is not there, before the model is loaded
