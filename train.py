@@ -27,20 +27,20 @@ from minirm import checkpoint, shard
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
 from minirm.data import prepare, totals
-from minirm.demo import DEMO_DEFAULTS, build_demo
-from minirm.estimate import estimate, table
+from minirm.demo import DEMO_DEFAULTS, use_demo
+from minirm.estimate import show_plan
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
-from minirm.measure import TENTHS, describe, final_report, headline, measure, right_by_tenth
-from minirm.model import empty_model, export, load_config, load_weights, stored_weights
+from minirm.measure import TENTHS, describe, final_report, headline, last_words, measure, right_by_tenth
+from minirm.model import check_fit, empty_model, export, load_config, load_weights, stored_weights
 from minirm.plan import make_plan, steps_per_epoch
 from minirm.plot import open_trackers, save_curves
 from minirm.report import model_card, profiler, start_report
 from minirm.rows import Batch, collate
+from minirm.shard import DTYPES
 from minirm.sources import InputError, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
 
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--profile", type=int, default=0, help="optimizer steps to profile, the third and on; traces go to --output_dir; 0: off")
     add("--plan", action="store_true", help="say what a run would take in memory, network and time, and end; needs no data")
     add("--world_size", type=int, default=1, help="devices to plan for")
-    add("--device", type=float, nargs=3, metavar=("GB", "TFLOP/s", "GB/s"),
+    add("--device", type=float, nargs=3, default=[], metavar=("GB", "TFLOP/s", "GB/s"),
         help="what each of them has, computes at this precision, and sends; without it: an H100, 80 400 300, or this machine's memory")
     add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
     # fmt: on
@@ -121,21 +121,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model == "demo":  # so small a model wants other values than one of billions of parameters
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_length",
-                 "world_size"):  # fmt: skip
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "logging_steps",
-                 "save_steps", "save_total_limit", "shard_size", "center_rewards_coefficient", "margin_scale",
-                 "profile"):  # fmt: skip
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
-    if args.device and min(args.device) <= 0:
-        raise InputError(f"--device needs three positive numbers, got {args.device}")
-    if not 0 <= args.freeze_ratio <= 1:
-        raise InputError(f"--freeze_ratio must lie in 0..1, got {args.freeze_ratio}")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must lie in 0..2**63 - 1, got {args.seed}")
+    # fmt: off
+    for what, holds, names in (
+        ("be positive", lambda value: 0 < value < math.inf,
+         "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_length world_size device"),
+        ("not be negative", lambda value: 0 <= value < math.inf,
+         """learning_rate warmup_steps weight_decay max_grad_norm eval_steps logging_steps save_steps save_total_limit
+         shard_size center_rewards_coefficient margin_scale profile"""),
+        ("lie in 0..1", lambda value: 0 <= value <= 1, "freeze_ratio"),
+        ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if not all(map(holds, value if isinstance(value, list) else [value])):
+                raise InputError(f"--{name} must {what}, got {value}")
+    # fmt: on
     if args.loss == "trlx":  # as published, or it would not be worth its name
         for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
             if getattr(args, name) != parser.get_default(name):
@@ -170,23 +170,6 @@ def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tenso
     return losses
 
 
-def show_plan(args: argparse.Namespace) -> None:
-    """Prints what a run would take. Reads the model's configuration, nothing else."""
-    if not args.device:
-        memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
-        args.device = [memory, 400, 300]
-    dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
-    config, _ = load_config(
-        str(build_demo(args.seed).model) if args.model == "demo" else args.model, args.chat_template
-    )
-    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
-    try:
-        found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
-    except ValueError as error:
-        raise InputError(f"--model {args.model}: {error}") from None
-    print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")
-
-
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     checkpoint.check_output(output, args.resume_from_checkpoint)
@@ -199,12 +182,7 @@ def train(args: argparse.Namespace) -> None:
 
     # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
     with shard.first_process_first(patient):
-        if "demo" in (args.model, *args.train_data):
-            demo = build_demo(args.seed)
-            if args.train_data == ["demo"]:
-                args.train_data, args.eval_data = [str(demo.train)], args.eval_data or [str(demo.eval)]
-            if args.model == "demo":
-                args.model = str(demo.model)
+        use_demo(args)
         config, tokenizer = load_config(args.model, args.chat_template)
         model = empty_model(config)  # shapes without memory
         use_sdpa(model.trunk)
@@ -216,14 +194,7 @@ def train(args: argparse.Namespace) -> None:
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
             max_length=args.max_length, overlong=args.overlong, seed=args.seed,
         )  # fmt: skip
-        counts = totals(data.report["train"] + data.report["eval"])
-        if (largest := counts["largest id"]) >= config.vocab_size:
-            raise InputError(
-                f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the "
-                "two do not belong together"
-            )
-        if counts["longest"] > (positions := getattr(config, "max_position_embeddings", math.inf)):
-            raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; choose no more")
+        check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
     # Shared rows are exact or not used: a small model of the same kind decides, before any weight is loaded.
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     layout = "separate" if not_shared else args.row_layout
@@ -260,20 +231,9 @@ def train(args: argparse.Namespace) -> None:
     trackers = []
     shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
     if rank == 0:
-        print("\n".join(f"  --{name} {value!r}" for name, value in sorted(vars(args).items())))
         sample = make_plan(lengths["train"], pairs["train"], **cut)
         sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample[:64]]
-        print(start_report(data, tokenizer, model, frozen, layout, sample))
-        if not_shared:
-            print(f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}\n")
-        margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
-        idle = {
-            "--loss trlx is as published: the data's margins have": margins and args.loss == "trlx",
-            "no margins in the data: --margin_scale has": not margins and args.margin_scale != 1,
-            "one comparison a prompt: --pair_weight has": args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1,
-        }  # fmt: skip
-        for what in [what for what, without_effect in idle.items() if without_effect]:
-            print0(f"train.py: warning: {what} no effect")
+        print(start_report(args, data, tokenizer, model, frozen, layout, not_shared, sample))
 
     # -- The model: empty on every rank, sharded, then filled: every rank reads its share. --------------------------------
     if args.gradient_checkpointing:
@@ -302,14 +262,8 @@ def train(args: argparse.Namespace) -> None:
     scaler.scale(torch.zeros((), device=home))  # puts the scale there: unscale_ does not wait for a copy of it
     kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
     if run.checkpoint:
-        kept = checkpoint.load(run.checkpoint, run.state, trained, optimizer, args.keep, patient)
-        scaler.load_state_dict(run.state["scaler"])
-        # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
-        moved = run.state["schedule_steps"]
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": moved - 1, "_step_count": moved + 1})
-        scheduler.step()
-        if rank == 0:
-            print(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
+        kept = checkpoint.load(run, trained, optimizer, scheduler, scaler, args.keep, patient)
+        print0(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
 
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """One forward pass over a rank's groups -> batch, rewards [R, L], and the loss of each pair [P]."""
@@ -482,14 +436,7 @@ def train(args: argparse.Namespace) -> None:
 
     shard.on_first_process(patient, write_model)
     if rank == 0:
-        print(final_report(result))
-        line = f"held-out accuracy {result['eval_accuracy']:.4f} on {result['eval_pairs']} pairs"
-        if result["step"] < last["step"]:
-            line += (
-                f" at step {result['step']}, where the loss was lowest, {result['eval_loss']:.4f} (at the last, step "
-                f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
-            )
-        print(f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained")
+        print(final_report(result), last_words(result, last, output), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

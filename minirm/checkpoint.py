@@ -421,13 +421,16 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
 
 
-def load(folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, keep: str, group) -> dict[str, Tensor]:
-    """Fills trained parameters and optimizer, in place, on any number of processes. All of them have to call it.
+def load(
+    run: Run, trained: dict[str, nn.Parameter], optimizer, scheduler, scaler, keep: str, group
+) -> dict[str, Tensor]:
+    """Takes up where a checkpoint was made, in place, on any number of processes. All of them have to call it.
 
     Returns the parameters as of state["best"] as `copies` does, {} under keep = "last". Raises InputError if it cannot.
     """
+    state = run.state
     best = dict(copies(trained)) if keep == "best" and state["best"] else {}  # to be filled
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(run.checkpoint))
     try:
         sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}
         for name, p in trained.items():
@@ -437,7 +440,12 @@ def load(folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
                 optimizer.state[p][key.removeprefix(prefix)] = like
         dcp.load(tensors(state, trained, optimizer, best), storage_reader=reader, process_group=group)
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({one_line(_cause(error))})") from None
+        raise InputError(f"{run.checkpoint}: cannot be loaded ({one_line(_cause(error))})") from None
+    scaler.load_state_dict(state["scaler"])
+    # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
+    moved = state["schedule_steps"]
+    scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": moved - 1, "_step_count": moved + 1})
+    scheduler.step()
     return dict(copies(trained)) if best and best_is_own(state) else best
 
 

@@ -94,6 +94,16 @@ def build_demo(seed: int = 0) -> DemoPaths:
     return paths
 
 
+def use_demo(args) -> None:
+    """Puts the demo's paths in the place of `demo` in train.py's flags."""
+    if args.model == "demo" or args.train_data == ["demo"]:
+        demo = build_demo(args.seed)
+        if args.train_data == ["demo"]:
+            args.train_data, args.eval_data = [str(demo.train)], args.eval_data or [str(demo.eval)]
+        if args.model == "demo":
+            args.model = str(demo.model)
+
+
 def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[dict], list[dict], list[str]]:
     """The comparisons, made from the docstrings below the folder `library` (default: this Python's standard library).
 

@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from minirm.attention import attention_mask, use_sdpa
+from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
+from minirm.demo import use_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
-from minirm.model import empty_model
-from minirm.shard import FROZEN_SHARE, checkpoint_trained_blocks
+from minirm.model import empty_model, load_config
+from minirm.shard import DTYPES, FROZEN_SHARE, checkpoint_trained_blocks
+from minirm.sources import InputError
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
@@ -76,6 +78,22 @@ class CudaAutocast(TorchFunctionMode):
         if func in FP32:
             args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def show_plan(args: Namespace) -> None:
+    """Prints what a run with train.py's flags would take."""
+    if not args.device:
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
+        args.device = [memory, 400, 300]
+    dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
+    use_demo(args)
+    config, _ = load_config(args.model, args.chat_template)
+    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
+    try:
+        found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
+    except ValueError as error:
+        raise InputError(f"--model {args.model}: {error}") from None
+    print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")
 
 
 def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[str, Any]:

@@ -186,6 +186,17 @@ def headline(row: dict) -> str:
     )
 
 
+def last_words(exported: dict, last: dict, output: Path) -> str:
+    """The last line of a run: how good the model is that was exported, beside the last one. Two evaluations' rows."""
+    line = f"held-out accuracy {exported['eval_accuracy']:.4f} on {exported['eval_pairs']} pairs"
+    if exported["step"] < last["step"]:
+        line += (
+            f" at step {exported['step']}, where the loss was lowest, {exported['eval_loss']:.4f} (at the last, step "
+            f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
+        )
+    return f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained"
+
+
 def final_report(row: dict) -> str:
     """An evaluation's row beyond its accuracy, in a few lines: is it length, where does it know, can it be believed?"""
     longer = row["eval_length_accuracy"]

@@ -122,6 +122,17 @@ def load_config(name: str, chat_template: str | None = None):
     return config, tokenizer
 
 
+def check_fit(args, config, counts: dict) -> None:
+    """Raises InputError if ids or lengths of the data are beyond what the model has. counts: data.totals of all of it."""
+    if (largest := counts["largest id"]) >= config.vocab_size:
+        raise InputError(
+            f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the two do "
+            "not belong together"
+        )
+    if counts["longest"] > (positions := getattr(config, "max_position_embeddings", math.inf)):
+        raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; choose no more")
+
+
 def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable[..., Tensor] | None:
     """read(name in RewardModel, start=0, stop=None) -> these rows of a tensor, and nothing else, from safetensors files.
 

@@ -91,25 +91,34 @@ it is tokenised with `add_special_tokens=False`. That is what TRL does with mess
 
 
 def start_report(
-    data: Prepared, tokenizer, model: nn.Module, frozen: Frozen, row_layout: str, sample: list[Batch]
+    args,
+    data: Prepared,
+    tokenizer,
+    model: nn.Module,
+    frozen: Frozen,
+    layout: str,
+    not_shared: str | None,
+    sample: list[Batch],
 ) -> str:
-    """Three paragraphs: the table of comparisons, the share that is trained, the marked pair.
+    """All flags, the table of comparisons, the share that is trained, the marked pair, and what has no effect.
 
-    `sample` is some micro-batches of one process, to tell how much of a batch is padding.
+    not_shared: why rows are not shared; sample: some micro-batches of one process, to tell how much of a batch is padding.
     """
     padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
-    return "\n".join(
-        [
-            "",
-            data_table(data.report, row_layout),
-            "",
-            f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})",
-            freeze_line(model, frozen),
-            "",
-            marked_pair(data.train[0], tokenizer),
-            "",
-        ]
-    )
+    lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
+    lines += ["", data_table(data.report, layout), ""]
+    lines += [f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})"]
+    lines += [freeze_line(model, frozen), "", marked_pair(data.train[0], tokenizer), ""]
+    if not_shared:
+        lines += [f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}", ""]
+    margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
+    if margins and args.loss == "trlx":
+        lines += ["warning: --loss trlx is as published: the data's margins have no effect", ""]
+    if not margins and args.margin_scale != 1:
+        lines += ["warning: no margins in the data: --margin_scale has no effect", ""]
+    if args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1:
+        lines += ["warning: one comparison a prompt: --pair_weight has no effect", ""]
+    return "\n".join(lines)
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:

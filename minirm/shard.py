@@ -23,6 +23,7 @@ from minirm.freeze import find_blocks
 from minirm.model import saved_tensors
 from minirm.sources import InputError
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
 START_TIMEOUT = timedelta(hours=24)  # the same while one rank prepares the data
 

@@ -169,7 +169,9 @@ def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
     model = empty_model(config)
     groups = [data.train[i] for i in range(len(data.train))]
     batches = [collate(part, row_layout="shared", pad_id=0, row_limit=1000) for part in (groups[:1], groups[1:])]
-    report = start_report(data, tokenizer, model, freeze_bottom_layers(model), "shared", batches)
+    args = SimpleNamespace(loss="divergence", margin_scale=1.0, pair_weight="pair")
+    report = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches)
+    assert report.startswith("  --loss 'divergence'\n") and "warning" not in report
     assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
     # The first batch is one row without padding; in the second every row is as long as its longest.
     rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]

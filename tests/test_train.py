@@ -416,7 +416,7 @@ def test_what_the_data_leaves_without_effect_is_named(
     flags, with_margins, warning, model_folder, data, uneven, tmp_path, capsys
 ):
     trained(uneven if with_margins else data, tmp_path / "out", model_folder("gpt2"), *flags, "--max_steps", 0)
-    shown = [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    shown = [line.partition("warning: ")[2] for line in capsys.readouterr().out.splitlines() if "warning: " in line]
     assert shown == ([warning] if warning else [])
 
 
