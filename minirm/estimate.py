@@ -86,6 +86,7 @@ def show_plan(args: Namespace) -> None:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
         args.device = [memory, 400, 300]
     dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
+    args.train_data = []  # needs none
     use_demo(args)
     config, _ = load_config(args.model, args.chat_template)
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
