@@ -106,8 +106,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     Raises ValueError as `freeze_bottom_layers` does.
     """
     prompts, micro_steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    shards = getattr(args, "shard_size", 0) or (MACHINE if world % MACHINE == 0 else world)
-    offload = getattr(args, "cpu_offload", False)
+    shards, offload = args.shard_size or (MACHINE if world % MACHINE == 0 else world), args.cpu_offload
 
     model = empty_model(config)
     use_sdpa(model.trunk)
@@ -128,7 +127,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     unit = max(*in_blocks, trained - sum(in_blocks))  # what FSDP gathers and reduces at a time; the rest is one, too
     frozen_unit = max(count(block, trained=False) for block in blocks)
     stay = (shards == 1 and not offload) or frozen * number <= FROZEN_SHARE * args.device[0] * 1e9
-    frozen_shard = 0 if shards == 1 else frozen * number / shards  # that FSDP gathers the whole from
+    frozen_shard = 0 if shards == 1 and stay else frozen * number / shards  # that FSDP gathers the whole from
     share = 4 * trained / shards  # bytes of a number in fp32 for each trained parameter of a device
     # Without a sync FSDP sums up whole gradients: all of them are there when the last micro-step begins.
     summed = 4 * trained if micro_steps > 1 else 0

@@ -93,6 +93,11 @@ def test_flags_move_what_they_should():
     embeddings = planned(seven(), "--train_embeddings")
     assert embeddings["trained"] - usual["trained"] == 50400 * 4096
     assert embeddings["backward FLOP"] > 1.9 * usual["backward FLOP"]  # it crosses the frozen layers
+    copies = planned(seven(), "--world_size", 8, "--shard_size", 2)
+    assert copies["sent"]["gradients summed over copies, fp32"] == 2 * 3 / 4 * 4 * usual["trained"] / 2
+    hosted = planned(seven(), "--world_size", 8, "--cpu_offload")
+    assert hosted["always"]["trained parameters, fp32"] == hosted["always"]["moments of AdamW, fp32"] == 0
+    assert hosted["host"] == (16 * usual["trained"] + 2 * usual["frozen"]) / 8 and not any(hosted["step"].values())
     assert planned(seven(), "--freeze_ratio", 0)["frozen"] == 0
     head = planned(seven(), "--freeze_ratio", 1)
     assert head["trained"] == 4096 and head["backward"]["activations"] < usual["backward"]["activations"]
@@ -128,8 +133,8 @@ def test_operations_are_those_of_the_matrices_and_attention_in_every_family(fami
 def test_memory_is_what_a_process_takes():
     cases = [
         {"family": family, "accumulation": micro_steps, "checkpointing": checkpointing, "width": 256, "layers": 6, "batch": 2,
-         "max_length": 300, "world_size": 1}
-        for family, micro_steps, checkpointing in (("gptj", 1, False), ("llama", 2, True), ("gpt2", 2, False))
+         "max_length": 300, "world_size": devices}
+        for family, micro_steps, checkpointing, devices in (("gptj", 1, False, 1), ("llama", 2, True, 1), ("gpt2", 2, False, 2))
     ]  # fmt: skip
     with ThreadPoolExecutor() as pool:
         measured = list(pool.map(memory.measure, cases))
@@ -138,7 +143,7 @@ def test_memory_is_what_a_process_takes():
         for name in ("frozen", "trained", "gradients", "moments"):
             assert plan[name] == pytest.approx(found[name], rel=0.05), (case, name)
         assert plan["peak"] == pytest.approx(found["peak"], rel=0.2), case
-        assert found["peak"] > 1.5 * sum(found[name] for name in ("frozen", "trained", "moments"))  # activations matter
+        assert found["peak"] > 1.3 * sum(found[name] for name in ("frozen", "trained", "moments"))  # activations matter
 
 
 def test_the_command_needs_no_weights_and_no_data_and_leaves_nothing_behind(
@@ -157,6 +162,6 @@ def test_the_command_needs_no_weights_and_no_data_and_leaves_nothing_behind(
     assert "IT DOES NOT FIT" in shown and "bfloat16" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not torch.distributed.is_initialized()
-    for flags in (["--device", "80", "0", "1"], ["--world_size", "0"], ["--model", "nowhere"]):
+    for flags in (["--device", "80", "0", "1"], ["--world_size", "0"], ["--model", "nowhere"], ["--shard_size", "3"]):
         assert train.main(["--plan", "--model", str(folder), *flags]) == 2
         assert capsys.readouterr().err.startswith("train.py: error: --")
