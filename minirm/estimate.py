@@ -27,7 +27,8 @@ from minirm.sources import InputError
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
-FLOPS = flop_registry | {  # two that it lacks
+FLOPS = flop_registry | {  # what it lacks
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],  # of experts
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
     ),
@@ -218,6 +219,7 @@ def _measure(model: nn.Module, rows: int, length: int, dtype, layout: str, kept:
 
     kept: bytes that stay of the gradient of each trained parameter.
     """
+    dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16  # as large as fp16, and experts know no other
     mask = None
     if layout == "shared":  # a short one shows its form
         short = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]), torch.ones(1, 3) > 0
