@@ -23,7 +23,7 @@ from minirm.demo import use_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import empty_model, load_config
 from minirm.shard import DTYPES, FROZEN_SHARE, checkpoint_trained_blocks
-from minirm.sources import InputError
+from minirm.sources import InputError, one_line
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
@@ -86,6 +86,8 @@ def show_plan(args: Namespace) -> None:
     if not args.device:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
         args.device = [memory, 400, 300]
+    if args.world_size % (args.shard_size or 1):
+        raise InputError(f"--shard_size {args.shard_size} must divide --world_size, which is {args.world_size}")
     dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
     args.train_data = []  # needs none
     use_demo(args)
@@ -93,8 +95,8 @@ def show_plan(args: Namespace) -> None:
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     try:
         found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
-    except ValueError as error:
-        raise InputError(f"--model {args.model}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # experts in fp32
+        raise InputError(f"--model {args.model}: cannot be planned ({one_line(error)})") from None
     print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")
 
 
