@@ -11,6 +11,7 @@ Prompt and answer are tokenised together, as one text, so that the ids are those
 Examples and groups lie on disk and are memory-mapped: what is held in memory is 24 bytes an example.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import uuid
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ def read_texts(
             chosen, rejected = answers[pair[0]], answers[pair[1]]
             if keep == "worth" and chosen == rejected:
                 counts["dropped: identical answers"] += 1
-            elif keep == "worth" and min(len(chosen.split()), len(rejected.split())) < MIN_WORDS:
+            elif keep == "worth" and min(len(side.split(None, MIN_WORDS)) for side in (chosen, rejected)) < MIN_WORDS:
                 counts[f"dropped: answer under {MIN_WORDS} words"] += 1
             else:
                 pairs.append(pair)
@@ -199,11 +200,15 @@ def read_texts(
 def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
     """Token ids: BOS once, even where the text brings along what the tokenizer adds, and once at the end EOS, or what
     ends a turn in the chat template."""
-    options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-    rows = tokenizer(texts, add_special_tokens=not chat, **options)["input_ids"]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # what a call does, less offsets and masks
+        backend.no_truncation(), backend.no_padding()
+        backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+        rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=not chat)]
+    else:
+        rows = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = special_ids(tokenizer) if chat else set()
-    least = int(start == end and tokenizer("")["input_ids"][:1] == [end])  # a lone EOS that is BOS (OPT) stays
+    least = int(start == end and tokenizer("")["input_ids"][:1] == [end])  # an EOS that is BOS, too (OPT), stays
     for ids in rows:
         while not chat and len(ids) > least and ids[-1] == end:
             ids.pop()
@@ -217,7 +222,11 @@ def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) ->
 def common_prefix(rows: Sequence[list[int]]) -> int:
     """How many leading ids all rows share."""
     low, high = min(rows), max(rows)  # all others lie between these two in dictionary order
-    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    same, end = 0, min(len(low), len(high))
+    while same < end:  # halved, since slices compare faster than one id after the other
+        middle = (same + end + 1) // 2
+        same, end = (middle, end) if low[same:middle] == high[same:middle] else (same, middle - 1)
+    return same
 
 
 def tokenise(
@@ -331,10 +340,10 @@ def to_group(
     own["shared tokens"] += shared_tokens
     own["separate tokens"] += separate_tokens
     own["longest"] = max(own["longest"], *map(len, texts))
-    own["largest id"] = max(own["largest id"], *map(max, texts))
     names = ("chosen", "rejected", "margin", "subset", "source")
     group = {name: [pair[i] for pair in pairs] for i, name in enumerate(names)}
     group |= {"prefix": texts[0][:shared], "completions": [ids[shared:] for ids in texts]}
+    own["largest id"] = max(own["largest id"], *group["prefix"], *map(max, group["completions"]))
     return group | {"pairs": len(pairs), "shared_tokens": shared_tokens}, places
 
 
@@ -360,9 +369,11 @@ def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: s
     with ArrowWriter(path=str(path), features=TEXTS) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number)
-            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None):
-                columns.extend((prompt_key(example), number, len(example["chosen"])))
-                writer.write(example)
+            examples = iter(tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None))
+            while some := list(islice(examples, CHUNK)):
+                for example in some:
+                    columns.extend((prompt_key(example), number, len(example["chosen"])))
+                writer.write_batch({name: [example[name] for example in some] for name in TEXTS})
         writer.finalize()
     return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(columns).long().view(-1, 3).unbind(1), report)
 
@@ -432,6 +443,7 @@ def prepare(
     if not folder.is_dir():
         temporary = folder.with_name(f"{key}.{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
+        gc.freeze()  # or all that was imported would be searched for garbage again and again: a fifth of the time
         try:
             report = write_groups(temporary, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules)
             (temporary / "report.json").write_text(json.dumps(report))
@@ -442,6 +454,7 @@ def prepare(
             if not folder.is_dir():  # else another process was faster, with the same result
                 raise
         finally:
+            gc.unfreeze()
             shutil.rmtree(temporary, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
     for part, named in (("train", train_data), ("eval", eval_data or train_data)):
@@ -478,8 +491,9 @@ def write_groups(
         counts = [Counter() for _ in texts.report]
         with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES) as writer:
             for prompts in by_prompt(texts, picked):
-                for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules):
-                    writer.write(group)
+                groups = [group for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules)]
+                if groups:
+                    writer.write_batch({name: [group[name] for group in groups] for name in FEATURES})
             writer.finalize()
         report[part] = [row | own for row, own in zip(texts.report, counts)]
     return report

@@ -55,8 +55,8 @@ def to_example(schema: Schema, row: dict) -> Example:
             raise InputError(
                 f"no column '{column}', which the first row has; found {', '.join(map(str, row)) or 'none'}"
             )
-    subset = "" if row.get("subset") is None else _string(str(row["subset"]), "subset")
-    return schema.read(row)._replace(subset=subset)
+    example = schema.read(row)
+    return example if row.get("subset") is None else example._replace(subset=_string(str(row["subset"]), "subset"))
 
 
 def describe(schema: Schema, row: dict) -> str:
@@ -192,8 +192,8 @@ def _comparison(prompt, completions: list, margin: float | None = None, better: 
 
 def _conversation(example: Example) -> Example:
     """Where there are messages, the prompt is all that comes before the sides part; else nothing changes."""
-    prompt, sides, *_ = example
-    if isinstance(prompt, str) and all(isinstance(side, str) for side in sides):
+    prompt, sides = example[:2]
+    if isinstance(prompt, str) and {*map(type, sides)} == {str}:
         return example
     sides = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
     most = min(map(len, sides)) - 1  # something is left to score

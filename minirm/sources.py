@@ -96,10 +96,11 @@ def _read_json(source, file):
 
 
 def _read_json_lines(source, file):
+    decode = json.JSONDecoder(object_pairs_hook=_object).decode  # loads would make one for every line
     for number, line in enumerate(file, 1):
-        if line.strip():
+        if not line.isspace():
             try:
-                row = json.loads(line, object_pairs_hook=_object)
+                row = decode(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
