@@ -122,12 +122,13 @@ def start_report(
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
-    """Comparisons read, dropped and kept, a column for each source; tokens; and how far mere length would get."""
+    """What every source was read as; comparisons read, dropped and kept, a column for each; tokens; and how far mere
+    length would get."""
     parts = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
     counts = [totals([row]) for _, row in parts]
     lines = [("comparisons", *(part for part, _ in parts))]
     if len(parts) > 2:
-        lines.append(("", *(Path(row["source"]).name[:24] if "schema" in row else "" for _, row in parts)))
+        lines.append(("", *(Path(row["source"]).name[-24:] for _, row in parts)))
 
     def line(name: str, key: str | None = None) -> None:
         values = [count[key or name] for count in counts]
@@ -152,7 +153,7 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
         shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)
         lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
     width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
-    schemas = [f"{part}: {row['source']}, read as {row['schema']}" for part, row in parts if "schema" in row]
+    schemas = [f"{part:<8}  {_typed(row['source'])}: {row['schema']}" for part, row in parts if "schema" in row]
     return "\n".join(
         [*schemas, "", *(f"{name:<{width}}" + "".join(f"  {c:>{wide}}" for c in cells) for name, *cells in lines)]
     )

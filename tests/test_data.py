@@ -774,6 +774,63 @@ def test_pairs_without_a_prompt_are_held_out_one_by_one_with_their_reverse(chara
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several files
+
+TEXTS = {"prompt": "p", "chosen": NINE, "rejected": ELEVEN}
+STRENGTH = {"prompt": "p", "response_1": NINE, "response_2": "e d c b a", "preference_strength": -2}
+
+
+def several(tmp_path):
+    """Files a (prompts p, q; texts), b (prompts p, r; HelpSteer, one tie) and c (a ranked list of r)."""
+    strengths = [STRENGTH, STRENGTH | {"prompt": "r"}, STRENGTH | {"preference_strength": 0}]
+    ranked = [{"prompt": "r", "completions": [ELEVEN, NINE, "too short"]}]
+    files = {"a": [TEXTS, TEXTS | {"prompt": "q"}], "b": strengths, "c": ranked}
+    return [str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in files.items()]
+
+
+def test_each_comparison_of_several_files_carries_the_number_of_its_own(characters, tmp_path):
+    """A prompt of two files is one group, and an answer that both have is kept once."""
+    a, b, c = several(tmp_path)
+    data = prepare(characters, [a, b], [c, a], separator="|", cache_dir=tmp_path)
+    assert [group["source"] for group in data.train] == [[0, 1], [0], [1]]
+    assert [group["margin"] for group in data.train] == [[0.0, 2.0], [0.0], [2.0]]
+    assert [len(group["completions"]) for group in data.train] == [3, 2, 2]
+    assert [group["source"] for group in data.eval] == [[0, 0, 0], [1], [1]]
+    counts = [
+        {k: row.get(k, 0) for k in ("source", "schema", "read", "kept", "dropped: tie", "prompts")}
+        for part in ("train", "eval")
+        for row in data.report[part]
+    ]
+    assert [tuple(row.values()) for row in counts] == [
+        (a, "texts in chosen and rejected", 2, 2, 0, 2),
+        (b, "HelpSteer", 3, 2, 1, 1),
+        (c, "ranked completions", 3, 3, 0, 1),
+        (a, "texts in chosen and rejected", 2, 2, 0, 2),
+    ]
+    assert [row["prompt also in the training data"] for row in data.report["eval"]] == [3, 2]
+    assert minirm.data.totals(data.report["train"])["kept"] == 4 == sum(data.train["pairs"])
+
+
+def test_held_out_comparisons_of_several_files_are_counted_for_each(characters, tmp_path):
+    rows = make_comparisons(40)
+    files = [str(write_jsonl(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate((rows[:10], rows[10:]))]
+    data = prepare(characters, files, eval_fraction=0.2, cache_dir=tmp_path)
+    moved = [row["held out"] for row in data.report["train"]]
+    assert sum(moved) == 8 and [row["read"] for row in data.report["train"]] == [10, 30]
+    assert [row["read"] for row in data.report["eval"]] == [row.get("kept", 0) for row in data.report["eval"]] == moved
+    assert Counter(s for group in data.eval for s in group["source"]) == Counter(dict(enumerate(moved)))
+    assert [row["source"] for row in data.report["eval"]] == files
+
+
+def test_the_order_of_files_is_part_of_what_was_prepared(characters, tmp_path):
+    a, b, _ = several(tmp_path)
+    first, second = (prepare(characters, files, [a], cache_dir=tmp_path) for files in ([a, b], [b, a]))
+    assert first.sources["train"] == second.sources["train"][::-1] and len(set(first.sources["train"])) == 2
+    assert [group["source"] for group in second.train] == [[0, 1], [0], [1]]
+    assert [row["source"] for row in second.report["train"]] == [b, a]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The cache
 
 

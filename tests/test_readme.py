@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import train
 from minirm.data import MIN_WORDS
+from minirm.schemas import SCHEMAS
 from minirm.sources import FILE_TYPES
 
 README = (ROOT / "README.md").read_text()
@@ -53,6 +54,11 @@ def test_the_numbers_of_the_recipe_are_the_defaults(recipe):
         assert found and all(float(number) == pytest.approx(value) for number in found), pattern
     assert f"under {['zero', 'one', 'two', 'three', 'four', 'five'][MIN_WORDS]} words" in text
     assert all(f"`{suffix}`" in README for suffix in FILE_TYPES)
+
+
+def test_the_columns_of_every_schema_are_named():
+    columns = {name for schema in SCHEMAS for column in schema.columns.split() for name in column.split("|")}
+    assert [name for name in sorted(columns) if f"`{name}`" not in README] == []
 
 
 def test_the_losses_in_the_table_are_the_choices_of_the_flag():

@@ -100,6 +100,27 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_
     assert "of them with an answer cut" not in table
 
 
+def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_read_as(tokenizer, tmp_path):
+    strength = {"prompt": "s", "response_1": NINE, "response_2": ELEVEN, "preference_strength": 1}
+    files = {"texts": TRAIN[:3], "strengths": [strength, strength | {"preference_strength": 0}], "eval": EVAL}
+    a, b, c = (str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in files.items())
+    data = prepare(tokenizer, [a, b], [c], separator="|", cache_dir=tmp_path)
+    lines = data_table(data.report, "shared").splitlines()
+    assert lines[:3] == [
+        "train     texts.jsonl: texts in chosen and rejected",
+        "train     strengths.jsonl: HelpSteer",
+        "held out  eval.jsonl: texts in chosen and rejected",
+    ]
+    assert [line.split() for line in lines[4:9]] == [
+        ["comparisons", "train", "train", "held", "out"],
+        ["texts.jsonl", "strengths.jsonl", "eval.jsonl"],
+        ["read", "3", "2", "2"],
+        ["dropped:", "tie", "0", "1", "0"],
+        ["kept", "3", "1", "2"],
+    ]
+    assert len({len(line) for line in lines[4:]}) == 1  # columns stand under each other
+
+
 def test_held_out_comparisons_are_in_the_table(tokenizer, tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": ELEVEN, "rejected": NINE} for i in range(20)]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
