@@ -64,8 +64,8 @@ class TrunkCache:
     def __init__(self, blocks: list[nn.Module], extras: int | None, dtype: torch.dtype, folder: Path | None = None):
         """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None: nothing is written.
 
-        Replaces the blocks' `forward`, in place; FSDP's hooks stay outside of it. Blocks that are whole wait on the CPU
-        for the first batch that is not known: a run that only reads needs no device memory for them.
+        Replaces the blocks' `forward`, in place; FSDP's hooks stay outside of it. A single process's blocks, which FSDP
+        leaves alone, wait on the CPU for the first batch that is not known: a run that only reads needs no device memory.
         """
         self.folder, self.dtype, self.extras, self.writing = folder, dtype, extras, folder is not None
         self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
