@@ -46,10 +46,11 @@ def data_sets(flags: list[str]) -> dict[str, list[str]]:
         "--model",
         str(demo.model),
     ]
-    sets = {"demo": [*tiny, "--train_data", str(demo.train), "--eval_data", str(demo.eval), *flags]}
+    short = ["--num_train_epochs", "1", "--eval_steps", "300"]
+    sets = {"demo": [*tiny, "--train_data", str(demo.train), "--eval_data", str(demo.eval), *short, *flags]}
     train, held_out = (str(shared / f"comparisons_{part}.jsonl") for part in ("train", "eval"))
     if Path(train).exists():  # answers of several hundred tokens, and an evaluation after every epoch
-        longer = ["--max_length", "384", "--num_train_epochs", "3", "--eval_steps", "33", "--logging_steps", "5"]
+        longer = ["--max_length", "384", "--num_train_epochs", "2", "--eval_steps", "33", "--logging_steps", "5"]
         sets["real comparisons"] = [*tiny, "--train_data", train, "--eval_data", held_out, *longer, *flags]
     return sets
 
@@ -63,14 +64,13 @@ def peak_memory(command: list, **options) -> int:
     return usage.ru_maxrss * 1024
 
 
-def run(folder: Path, flags: list[str]) -> dict:
-    """What one run of train.py came to; from its folder if it has been done already."""
+def run(folder: Path, flags: list[str], before: int) -> dict:
+    """What one run of train.py came to; from its folder if it has been done already. before: bytes without any run."""
     done = folder / "result.json"
     if done.exists() and (known := json.loads(done.read_text()))["flags"] == flags:
         return known
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    before = peak_memory([sys.executable, "-c", "import train"], cwd=ROOT)
     begin = time.perf_counter()
     with open(folder / "log", "w") as log:
         command = [sys.executable, ROOT / "train.py", *flags, "--save_steps", 0, "--output_dir", folder / "run"]
@@ -81,7 +81,7 @@ def run(folder: Path, flags: list[str]) -> dict:
     best = best_evaluation(rows)
     result = {
         "flags": flags, "took": took, "memory": peak - before, "best": best["eval_accuracy"], "low": best["eval_accuracy_low"], "high": best["eval_accuracy_high"],
-        "best step": best["step"], "last": evaluations[-1]["eval_accuracy"], "last step": evaluations[-1]["step"],
+        "best step": best["step"], "last": evaluations[-1]["eval_accuracy"], "last step": evaluations[-1]["step"], "epochs": training[-1]["epoch"],
         "eval pairs": best["eval_pairs"], "longer": best["eval_length_accuracy"], "train": sum(r["accuracy"] * r["pairs"] for r in last) / sum(r["pairs"] for r in last),
         "seconds": [1 / r["tokens_per_second"] for r in training], "tokens": sum(r["tokens"] for r in training) / sum(r["pairs"] for r in training),
     }  # fmt: skip
@@ -190,12 +190,12 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     sets = data_sets(flags)
     results: dict = {name: {ratio: [] for ratio in RATIOS} for name in sets}
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), peak_memory([sys.executable, "-c", "import train"], cwd=ROOT)
     for seed in range(args.seeds):
         for name, of_set in sets.items():
             for ratio in RATIOS:
                 folder = args.folder / name.replace(" ", "_") / f"ratio-{ratio}-seed-{seed}"
-                done = run(folder, [*of_set, "--freeze_ratio", str(ratio), "--seed", str(seed)])
+                done = run(folder, [*of_set, "--freeze_ratio", str(ratio), "--seed", str(seed)], before)
                 results[name][ratio].append(done)
                 print(f"{name}, seed {seed}, {ratio:.0%} frozen: held-out {done['best']:.3f} after {done['best step']} steps, "
                       f"{time.perf_counter() - begin:.0f} s so far", flush=True)  # fmt: skip
@@ -204,7 +204,7 @@ def main() -> None:
     minutes = sum(of["took"] for by_ratio in results.values() for ofs in by_ratio.values() for of in ofs) / 60
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     counts = "; ".join(
-        f"{name}: {row[0.0]['last step']:,} steps, {row[0.0]['eval pairs']} held-out pairs"
+        f"{name}: {row[0.0]['epochs']:g} epoch(s), {row[0.0]['last step']:,} steps, {row[0.0]['eval pairs']} held-out pairs, of which the longer answer is the chosen one in {row[0.0]['longer']:.1%}"
         for name, row in rows.items()
     )
     caption = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, {args.seeds} seeds, {device}, {minutes:.0f} minutes in all; {counts}"
