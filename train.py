@@ -288,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
         for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
             batch, rewards, losses = compute("eval", micro_step[rank])
             if micro_step[rank]:
-                here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device)
+                here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device, non_blocking=True)
                 right = right_by_tenth(*batch.pair_rewards(rewards), batch.start, batch.end)
                 table[here] = torch.column_stack([*batch.end_rewards(rewards), losses, right])
         dist.all_reduce(table)
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace) -> None:
             model.set_requires_gradient_sync(m == len(micro_steps) - 1)
             batch, rewards, pair_losses = compute("train", micro_step[rank])
             weight = [weights[g] / pairs["train"][g] for g in micro_step[rank] for _ in range(pairs["train"][g])]
-            weight = torch.tensor(weight, device=device)  # [P]
+            weight = torch.tensor(weight).to(device, non_blocking=True)  # [P]; a plain copy would wait for the GPU
             loss_sum = (pair_losses * weight).sum()
             # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the weighted mean over its
             # pairs exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.
