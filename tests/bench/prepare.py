@@ -1,11 +1,12 @@
 """How fast comparisons are prepared (read, filtered, tokenised, grouped), and in how much memory, beside TRL's trainer.
 
     pip install -e ".[bench]"
-    python tests/bench/prepare.py [--pairs 100000] [--threads 1] [--repeat 3]
+    python tests/bench/prepare.py [--pairs 100000] [--threads 1] [--processes 1] [--repeat 3]
 
 The same file, tokenizer and number of threads for both, each in a new process with an empty cache; they take turns.
 TRL's time is that of reading the file with `datasets` and of making a RewardTrainer, with a model of a few thousand
-parameters. Memory is the most that a process ever had (VmHWM), less what it had after its imports.
+parameters; --processes is its dataset_num_proc. Memory is the most that a process ever had (VmHWM), less what it had
+after its imports. Files that are mapped into memory count in that; "own" is without them (RssAnon, every 50 ms).
 """
 
 import argparse
@@ -22,17 +23,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT, WORDS, make_model, write_jsonl
 
 START = """
-import sys, time
+import sys, threading, time
 sys.path.insert(0, {root!r})
 import datasets, transformers
 datasets.disable_progress_bars()
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+def memory(what):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) / 1024
+own = [0]
+def watch():
+    while True:
+        own[0] = max(own[0], memory("RssAnon"))
+        time.sleep(0.05)
 """
 MINIRM = """
 from minirm.data import prepare
 tokenizer = transformers.AutoTokenizer.from_pretrained({model!r})
-before, begin, cpu = peak(), time.perf_counter(), time.process_time()
+before, anonymous, begin, cpu = memory("VmHWM"), memory("RssAnon"), time.perf_counter(), time.process_time()
+threading.Thread(target=watch, daemon=True).start()
 data = prepare(tokenizer, [{data!r}])
 kept = sum(data.train["pairs"]) + sum(data.eval["pairs"])
 """
@@ -40,13 +47,14 @@ TRL = """
 from trl import RewardConfig, RewardTrainer
 tokenizer = transformers.AutoTokenizer.from_pretrained({model!r})
 tokenizer.pad_token = tokenizer.eos_token
-before, begin, cpu = peak(), time.perf_counter(), time.process_time()
+before, anonymous, begin, cpu = memory("VmHWM"), memory("RssAnon"), time.perf_counter(), time.process_time()
+threading.Thread(target=watch, daemon=True).start()
 data = datasets.load_dataset("json", data_files={data!r}, split="train")
 config = RewardConfig(output_dir={out!r}, max_length=550, use_cpu=True, report_to="none", dataset_num_proc={processes})
 kept = len(RewardTrainer(model={model!r}, processing_class=tokenizer, train_dataset=data, args=config).train_dataset)
 """
 END = """
-print("measured", time.perf_counter() - begin, time.process_time() - cpu, peak() - before, kept)
+print("measured", time.perf_counter() - begin, time.process_time() - cpu, memory("VmHWM") - before, own[0] - anonymous, kept)
 """
 
 
@@ -64,15 +72,14 @@ def write_pairs(path: Path, count: int, prompt_words: int = 100, answer_words: i
     return write_jsonl(path, rows)
 
 
-def measure(code: str, cache: Path, **names) -> tuple[float, float, float, int]:
-    """(seconds, seconds of CPU, MiB, pairs kept) of a new process."""
+def measure(code: str, cache: Path, **names) -> tuple[float, ...]:
+    """(seconds, seconds of CPU, MiB, own MiB, pairs kept) of a new process."""
     code = (START + code + END).format(root=str(ROOT), out=str(cache / "out"), **names)
     env = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=env, text=True, check=True, stdout=subprocess.PIPE
     )
-    seconds, cpu, mib, kept = run.stdout.rpartition("measured ")[2].split()
-    return float(seconds), float(cpu), float(mib), int(kept)
+    return tuple(map(float, run.stdout.rpartition("measured ")[2].split()))
 
 
 def until_table(cache: Path, model: Path, data: Path, out: Path) -> float:
@@ -102,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": str(args.threads > 1).lower()}
@@ -110,7 +118,7 @@ def main() -> None:
         folder = Path(temporary)
         names = {
             "model": str(make_model(folder / "model", "llama")),
-            "processes": args.threads if args.threads > 1 else None,
+            "processes": args.processes if args.processes > 1 else None,
         }
         names["data"] = str(write_pairs(folder / "pairs.jsonl", args.pairs))
         results: dict[str, list] = {"minirm": [], "TRL": [], "minirm, from its cache": []}
@@ -119,18 +127,18 @@ def main() -> None:
             for name in ("minirm", "minirm, from its cache"):
                 results[name].append(measure(MINIRM, folder / f"minirm-{turn}", **names))
         for name, runs in results.items():
-            seconds, cpu, mib, kept = zip(*runs)
+            seconds, cpu, mib, own, kept = zip(*runs)
             print(
                 f"{name:<24} {statistics.median(seconds):7.2f} s (from {min(seconds):.2f} to {max(seconds):.2f}), "
-                f"{statistics.median(cpu):7.2f} s of CPU, {max(mib):5.0f} MiB, {kept[0]:,} pairs kept"
+                f"{statistics.median(cpu):7.2f} s of CPU, {max(mib):5.0f} MiB (own {max(own):.0f}), {kept[0]:,.0f} pairs kept"
             )
         for what, of in (("seconds", 0), ("seconds of CPU", 1)):
             trl, ours = (statistics.median(run[of] for run in results[name]) for name in ("TRL", "minirm"))
             print(f"minirm takes {trl / ours:.2f}x fewer {what} than TRL")
         for count in (args.pairs // 2, args.pairs * 2):
             names["data"] = str(write_pairs(folder / f"{count}.jsonl", count))
-            seconds, _, mib, _ = measure(MINIRM, folder / f"minirm-{count}", **names)
-            print(f"minirm, {count:,} pairs: {seconds:.2f} s, {mib:.0f} MiB")
+            seconds, _, mib, own, _ = measure(MINIRM, folder / f"minirm-{count}", **names)
+            print(f"minirm, {count:,} pairs: {seconds:.2f} s, {mib:.0f} MiB (own {own:.0f})")
         times = [
             until_table(folder / "command", names["model"], folder / "pairs.jsonl", folder / f"out-{i}")
             for i in range(2)
