@@ -23,7 +23,7 @@ def recipe():
 
 def test_every_flag_in_readme_is_one_of_train_py_or_of_a_command_that_is_named(recipe):
     # torchrun's, srun's, minirm.score's, and of tests/bench
-    others = {"nproc_per_node", "max_restarts", "ntasks", "data", "output", "kills", "write", "seeds"}
+    others = {"nproc_per_node", "max_restarts", "ntasks", "data", "output", "kills", "write", "seeds", "threads"}
     flags = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert flags - set(recipe) - others == set()
     assert {"train_data", "eval_data", "output_dir", "loss"} <= flags
