@@ -29,13 +29,16 @@ def data(tmp_path_factory):
     return write_jsonl(folder / "train.jsonl", make_comparisons(23)), write_jsonl(folder / "eval.jsonl", rows)
 
 
-def trained(data, output, model, *flags, processes=0):
+def trained(data, output, model, *flags, processes=0, server=None):
     """Runs the command to its end and returns its metrics.jsonl.
 
-    Several processes run under torchrun; one runs in here, which saves the imports.
+    Several processes run under torchrun, or are the server's; one runs in here. Those two save the imports.
     """
     flags = ["--model", model, "--train_data", data[0], "--eval_data", data[1], "--output_dir", output, *QUICK, *flags]
-    if processes:
+    if server:
+        run = server.run(*flags, world=processes)
+        assert set(run.codes) == {0}, run.text()[-3000:]
+    elif processes:
         result = run_train(*flags, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     else:
@@ -58,12 +61,13 @@ def test_defaults_are_the_recipe_and_only_the_demo_has_others():
 
 
 @pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "qwen2"])
-def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, model_folder, data, tmp_path):
+def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, model_folder, data, server, tmp_path):
     real = [SHARED_DATA / "comparisons_train.jsonl", SHARED_DATA / "comparisons_eval.jsonl"]
     use_real = family == "gptj" and all(path.exists() for path in real)
     pairs = 320 if use_real else 11
     flags = ["--precision", "fp16", "--max_steps", 6, *(["--max_length", 550] if use_real else [])]
-    rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *flags, processes=2)
+    forked = {"server": server} if family in ("llama", "qwen2") else {}  # the others by the real command
+    rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *flags, processes=2, **forked)
     train_rows, eval_rows = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
     assert [r["eval_pairs"] for r in eval_rows] == [pairs, pairs]
     assert [r["step"] for r in train_rows] == [1, 2, 3, 4, 5, 6]
