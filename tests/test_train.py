@@ -65,7 +65,7 @@ def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, 
     real = [SHARED_DATA / "comparisons_train.jsonl", SHARED_DATA / "comparisons_eval.jsonl"]
     use_real = family == "gptj" and all(path.exists() for path in real)
     pairs = 320 if use_real else 11
-    flags = ["--precision", "fp16", "--max_steps", 6, *(["--max_length", 550] if use_real else [])]
+    flags = ["--precision", "fp16", "--max_steps", 6, "--max_length", 100]
     forked = {"server": server} if family in ("llama", "qwen2") else {}  # the others by the real command
     rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *flags, processes=2, **forked)
     train_rows, eval_rows = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
