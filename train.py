@@ -216,7 +216,6 @@ def train(args: argparse.Namespace) -> None:
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
     cut = {"world_size": world_size, "batch_size": batch_size, "seed": args.seed}
     eval_plan = make_plan(lengths["eval"], pairs["eval"], shuffle=False, **cut)
-    checkpoint.check_length(run, total_steps, output)
 
     def to_batch(groups: list[dict]) -> Batch:
         return collate(
@@ -227,7 +226,7 @@ def train(args: argparse.Namespace) -> None:
             trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
         )
 
-    shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size)
+    shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size, total_steps)
     trackers = []
     shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
     if rank == 0:
@@ -395,10 +394,10 @@ def train(args: argparse.Namespace) -> None:
         if due(args.eval_steps, step) and not stop:
             evaluate_and_keep(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
-            state = {
+            state = run.state | {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
                 "seconds": paused - since, "sums": torch.cat([sums.cpu(), seen]), "result": result, "best": best,
-                "recipe": run.recipe, "processes": world_size, "arguments": vars(args),
+                "processes": world_size, "arguments": vars(args),
             }  # fmt: skip
             line = checkpoint.save(output, state, trained, optimizer, kept, args.save_total_limit, patient)
             if rank == 0:

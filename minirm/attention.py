@@ -145,7 +145,28 @@ def small_model(config, max_length=math.inf):
         raise ValueError(f"cannot try, the small model still has {size / 1e6:.0f} million parameters")
     model = AutoModel.from_config(small, **options).eval()
     use_sdpa(model)
+    shake(model)
     return model
+
+
+def shake(model):
+    """Other random weights, in place: a fresh model is too tame, its biases 0 and its attention nearly even."""
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * p.shape[-1] ** -0.5 if p.dim() > 1 else p.data + 0.1 * torch.randn_like(p)
+
+
+def small_batch(texts, row_layout):
+    """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
+    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
+    groups = [{"prefix": prefix, "completions": completions, **rest} for prefix, completions in texts]
+    return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
+
+
+def small_states(model, batch):
+    """The last hidden states [R, L, H] of a batch."""
+    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.config, torch.float32)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+    return model(**inputs, use_cache=False).last_hidden_state
 
 
 def _kinds(model):
@@ -210,26 +231,16 @@ def _shrunk(config, max_length):
     return small
 
 
-def small_batch(texts, row_layout):
-    """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
-    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
-    groups = [{"prefix": prefix, "completions": completions, **rest} for prefix, completions in texts]
-    return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
-
-
 def _differences(model):
     """Largest difference between shared and separate rows over the largest value: [hidden states, gradients]."""
-    for p in model.parameters():  # a fresh model is too tame: biases 0, attention nearly even
-        p.data = torch.randn_like(p) * p.shape[-1] ** -0.5 if p.dim() > 1 else p.data + 0.1 * torch.randn_like(p)
+    shake(model)
 
     def ids(length):
         return torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
 
     texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS]
     batch = small_batch(texts, "shared")
-    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.config, torch.float32)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
-    states, shared, separate = model(**inputs, use_cache=False).last_hidden_state, [], []
+    states, shared, separate = small_states(model, batch), [], []
     for row, (prefix, completions) in enumerate(texts):
         for k, completion in enumerate(completions, start=1):
             shared.append(states[row, batch.segments[row] == k])

@@ -16,7 +16,9 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,23 +34,27 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from minirm.data import Prepared, tokenizer_state, totals
+from minirm.data import Prepared, tokenizer_state
 from minirm.shard import on_first_process
 from minirm.sources import InputError, file_digest, one_line
 
-STATE, SUMS, RUN = "checkpoint.json", "SHA256SUMS", "run.json"
+STATE, SUMS, RUN, METRICS = "checkpoint.json", "SHA256SUMS", "run.json", "metrics.jsonl"
 PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
 
 # Flags that may differ when a run goes on: length, output, and what changes memory or speed alone. Model and data are
 # compared by content, so that they may move; batch size and accumulation by their product with the processes.
 FREE = {
     "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
-    "save_total_limit", "keep", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
+    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
     "per_device_train_batch_size", "gradient_accumulation_steps", "report_to", "shard_size", "cpu_offload",
     "profile", "plan", "world_size", "device",
 }  # fmt: skip
-# What training rows have summed up since the last one; a list per process, so that a resume adds up in the same order.
-START = {"step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {}}  # fmt: skip
+# What checkpoint.json has. sums: what training rows have summed up since the last one, of each process, so that a resume adds
+# up in the same order. result, best: the last evaluation and that of the lowest loss. metrics: bytes of metrics.jsonl.
+START = {
+    "step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {},
+    "recipe": {}, "processes": 0, "arguments": {}, "metrics": 0,
+}  # fmt: skip
 _held: list[int] = []  # the descriptor of the output folder, which is locked as long as it is open
 
 
@@ -58,11 +64,9 @@ class Stop(Exception):
 
 
 class Run(NamedTuple):
-    recipe: dict  # what a checkpoint has to agree with
-    processes: int  # that it was begun with
+    state: dict  # of the checkpoint, or START; its recipe is what a checkpoint has to agree with
     checkpoint: Path | None  # to go on from
-    state: dict  # of the checkpoint, or START
-    finished: int | None  # steps after which it was finished
+    finished: int  # steps after which it was finished; 0: it was not
 
 
 # -- Which run is this? -----------------------------------------------------------------------------------------------
@@ -98,8 +102,7 @@ def hold(output: Path) -> None:
     """Makes the folder, and locks it until this process ends or holds another one."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (probe := output / f"probe{PARTIAL}").touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(
             f"--output_dir {output}: cannot be written ({error.strerror}); choose another folder"
@@ -123,14 +126,12 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
     """
     output, choice = Path(args.output_dir), args.resume_from_checkpoint
     hold(output)
-    recipe = make_recipe(args, data, config, tokenizer, processes)
+    record, state, folder, problem = {}, {}, None, ""
     try:
-        record = json.loads((output / RUN).read_text())
-        record["recipe"]["prompts a step"], record["processes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        record = {}
-
-    own, state, folder, problem = checkpoints(output), {}, None, ""
+        record = json.loads((output / RUN).read_text()) if (output / RUN).exists() else {}
+    except ValueError:
+        problem = f"{output / RUN} cannot be read"
+    own = checkpoints(output)
     given = choice not in ("auto", "none") and not (restarted() and own)
     for folder in [Path(choice)] if given else own.values():
         try:
@@ -141,40 +142,29 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
             print(problem if given else f"{problem}; it is passed over")
     if problem and not state:
         raise InputError(f"{problem}; give a whole checkpoint, or choose another --output_dir to begin anew")
-    if not state and not record and (output / RUN).exists():
-        raise InputError(f"{output / RUN}: cannot be read; choose another --output_dir to begin anew")
-    if given and (max(own, default=0) > state["step"] or (record and folder.resolve().parent != output.resolve())):
+    if given and max(own, default=0) > state["step"]:
         raise InputError(
-            f"--output_dir {output} holds a run that has got further than {folder}, or is another one; leave "
-            "--resume_from_checkpoint away to go on with it, or choose another --output_dir"
+            f"--output_dir {output} holds a run that has got further than {folder}; leave --resume_from_checkpoint away to "
+            "go on with it, or choose another --output_dir"
         )
-
-    if state and args.keep == "best" and state["arguments"]["keep"] == "last" and not best_is_own(state):
-        raise InputError(
-            f"{folder} was written under --keep last and lacks the model of step {state['best']['step']}, the best so far; go "
-            "on with --keep last, or choose another --output_dir to begin anew"
-        )
-    saved = state or record
-    if saved and (changed := differences(saved["recipe"], recipe)):
-        raise InputError(
-            f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
-        )
-    recipe |= {"prompts a step": saved["recipe"]["prompts a step"]} if saved else {}
-    return Run(recipe, saved.get("processes", processes), folder, state or START, record.get("finished"))
+    recipe, finished = make_recipe(args, data, config, tokenizer, processes), record.pop("finished", 0)
+    for saved in (record, state):
+        if changed := differences(saved.get("recipe", {}), recipe):
+            raise InputError(
+                f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
+            )
+    state = START | {"processes": processes} | record | state
+    return Run(state | {"recipe": recipe | state["recipe"]}, folder, finished)
 
 
 def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> dict:
     """What must be the same for a run to go on: flags, and fingerprints of all that they refer to."""
-    recipe = {name: value for name, value in vars(args).items() if name not in FREE}
-    if args.eval_data:
-        del recipe["eval_fraction"]  # without effect then
-    return recipe | {
+    return {name: value for name, value in vars(args).items() if name not in FREE} | {
         "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "weights of --model": model_fingerprint(args.model, config),
         "tokenizer of --model": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
         "--train_data": data.sources["train"],
         "--eval_data": data.sources["eval"],
-        "prompts, tokens in --train_data": [len(data.train), totals(data.report["train"])["separate tokens"]],
     }
 
 
@@ -204,10 +194,10 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
 
     Raises InputError, with both numbers, where that cannot be.
     """
-    whole, product = run.recipe["prompts a step"], processes * batch_size
+    whole, product = run.state["recipe"]["prompts a step"], processes * batch_size
     if whole == product * asked:
         return asked
-    if processes == run.processes or whole % product:
+    if processes == run.state["processes"] or whole % product:
         raise InputError(
             f"the run has {whole} prompts a step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
             f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that they are equal"
@@ -215,44 +205,32 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
     return whole // product
 
 
-def check_length(run: Run, total_steps: int, output: Path) -> None:
-    """Raises Stop if the run is finished, and InputError if it has got further than was asked for."""
-    done = max(run.finished or 0, run.state["step"])
+def begin(output: Path, run: Run, args: Namespace, processes: int, total_steps: int) -> None:
+    """On the first process: the record, and metrics.jsonl cut back to the start. Nothing else can be refused afterwards.
+
+    Raises Stop if the run is finished, and InputError if it cannot be brought to end after total_steps.
+    """
+    done = max(run.finished, run.state["step"])
     if run.finished == total_steps:
         raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
-    if done > total_steps:
+    if done > total_steps or (run.finished and not run.checkpoint):
         raise InputError(
-            f"--output_dir {output}: the run is at step {done} already, {total_steps} were asked for; choose another folder"
+            f"--output_dir {output}: the run is at step {done} already{'' if run.checkpoint else ' and left no checkpoint'}, "
+            f"{total_steps} were asked for; choose another folder"
         )
-    if run.finished and not run.checkpoint:
-        raise InputError(
-            f"--output_dir {output}: the run was finished after {run.finished} steps and left no checkpoint "
-            f"(--save_steps 0), so it cannot go on to {total_steps}; choose another folder"
-        )
-
-
-def begin(output: Path, run: Run, args: Namespace, processes: int) -> None:
-    """On the first process, when nothing can be refused any more: the record, and metrics.jsonl cut back to the start."""
-    record = {"recipe": run.recipe, "processes": processes, "arguments": vars(args)}
-    _write(output / RUN, json.dumps(record, indent=1))
+    record = {"recipe": run.state["recipe"], "processes": processes, "arguments": vars(args)}
+    put(output / RUN, json.dumps(record, indent=1).encode())
     for leftover in output.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    metrics, kept = output / "metrics.jsonl", []
-    for line in metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.exists() else []:
-        try:
-            row = json.loads(line)
-            # A checkpoint that was made because of a signal comes before the evaluation of its step.
-            last = run.state["result"].get("step", -1) if "eval_loss" in row else run.state["step"]
-            kept += [line] if run.checkpoint and row["step"] <= last else []
-        except (ValueError, TypeError, KeyError):
-            pass  # half a line: the last one of a run that was killed
-    _write(metrics, "".join(kept))
+    with open(output / METRICS, "a") as file:  # from here on rows come anew
+        own = run.checkpoint and run.checkpoint.resolve().parent == output.resolve()
+        file.truncate(min(file.tell(), run.state["metrics"] if own else 0))
 
 
 def finish(output: Path, step: int) -> None:
     """On the first process, after all is written: the same command typed again has nothing to do."""
     record = json.loads((output / RUN).read_text())
-    _write(output / RUN, json.dumps(record | {"finished": step}, indent=1))
+    put(output / RUN, json.dumps(record | {"finished": step}, indent=1).encode())
 
 
 # -- Writing and reading. ---------------------------------------------------------------------------------------------
@@ -329,16 +307,18 @@ def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], li
     """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
     if missing := [name for name in files if not (partial / name).exists()]:
         raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
-    _write(partial / STATE, json.dumps(state, indent=1))
+    _sync(metrics := final.with_name(METRICS))
+    state = state | {"metrics": metrics.stat().st_size}
+    put(partial / STATE, json.dumps(state, indent=1).encode())
     files[STATE] = file_digest(partial / STATE)
-    _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())))
+    put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())).encode())
     _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
     os.rename(partial, final)
     _sync(final.parent)
     there = checkpoints(final.parent)
-    newer = [path for step, path in there.items() if step > state["step"]]  # passed over: not whole
-    for path in newer + (list(there.values())[len(newer) + limit :] if limit else []):
-        _remove(path)
+    kept = [step for step in there if step <= state["step"]][: limit or None]  # newer ones were passed over: not whole
+    for step in there.keys() - kept:
+        _remove(there[step])
     return sum(path.stat().st_size for path in final.iterdir())
 
 
@@ -348,15 +328,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}")))
 
 
-def _write(path: Path, text: str) -> None:
-    """The whole text or nothing, even if the power fails."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
+def put(path: Path, content: bytes, sync: bool = True) -> None:
+    """The whole content or nothing, whoever else writes that file or is killed; with `sync` even if the power fails."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        if sync:
+            _sync(partial)
+        os.replace(partial, path)
+        if sync:
+            _sync(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -387,10 +372,8 @@ def whole_model(output: Path) -> Iterator[Path]:
     for path in output.glob("model*.safetensors*"):  # another number of shards has other names
         path.unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.name == "config.json":
-            _sync(output)
         os.replace(path, output / path.name)
-    _sync(output)
+        _sync(output)
     partial.rmdir()
 
 
@@ -398,20 +381,16 @@ def verify(folder: Path) -> dict:
     """The state of a checkpoint of which every byte is as it was written. Raises ValueError saying what is not."""
     try:
         sums = (folder / SUMS).read_text(errors="replace")
-        names = [line.partition("  ")[2] for line in sums.splitlines()]
-        if STATE not in names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{SUMS} is damaged")
+        files = [folder / STATE, *folder.glob("*.safetensors")]
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda name: file_digest(folder / name), names))
-        for name, digest, line in zip(names, digests, sums.splitlines(keepends=True)):
-            if line != f"{digest}  {name}\n":
-                raise ValueError(f"{name} or its line in {SUMS} is not as it was written")
-        if odd := {path.name for path in folder.glob("*.safetensors")} ^ set(names) - {STATE}:
-            raise ValueError(f"{min(odd)} has no line in {SUMS}, or is not there")
+            lines = {f"{digest}  {path.name}\n" for path, digest in zip(files, pool.map(file_digest, files))}
+        if odd := lines ^ {*sums.splitlines(keepends=True)}:
+            name = one_line(min(odd).partition("  ")[2])
+            raise ValueError(f"{name} or its line in {SUMS} is not as it was written")
         state = json.loads((folder / STATE).read_text())
         if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
             raise ValueError(f"{STATE} has no {', '.join(wrong)}")
-        state["recipe"]["prompts a step"], state["processes"], state["arguments"]["keep"]
+        state["recipe"]["prompts a step"]
         [0.0 + row["step"] + row["eval_loss"] for row in (state["result"], state["best"] or state["result"])]
         torch.tensor(state["sums"], dtype=torch.float64).view(-1, 8)
         return state

@@ -18,10 +18,8 @@ the shape the rounding of a matrix product: then cached and uncached runs agree 
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,24 +36,11 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from minirm import attention, rows
-from minirm.checkpoint import PARTIAL
+from minirm.checkpoint import put
 from minirm.data import tokenizer_state, totals
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
-from minirm.model import RewardModel
 from minirm.rows import Batch
 from minirm.sources import InputError, one_line
-
-
-def put(path: Path, content: bytes) -> None:
-    """Writes under another name first, so that a file is whole whoever else is writing it, or is killed."""
-    partial_path = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path.write_bytes(content)
-        os.replace(partial_path, path)
-    except OSError:
-        partial_path.unlink(missing_ok=True)
-        raise
 
 
 class TrunkCache:
@@ -121,7 +106,7 @@ class TrunkCache:
 
     def _write(self, name: str, states: Tensor) -> None:
         try:
-            put(self._path(name), save({"states": states}, {"crc32": _checksum(states)}))
+            put(self._path(name), save({"states": states}, {"crc32": _checksum(states)}), sync=False)
         except OSError as error:
             self.writing = False
             line = f"--cache_trunk {self.folder.parent}: cannot be written ({error.strerror or error})"
@@ -134,9 +119,9 @@ def _checksum(states: Tensor) -> str:
 
 def group_names(batch: Batch) -> list[str]:
     """A name for each group of a batch on the CPU: all that makes two groups' states differ under one key."""
-    names, of_group = [], torch.tensor(batch.group)
+    names = []
     for g in range(batch.group[-1] + 1):
-        mine = of_group == g
+        mine = torch.tensor(batch.group) == g
         real = batch.segments[mine] >= 0
         digest = hashlib.blake2b(real.sum(dim=1).numpy().tobytes(), digest_size=16)
         for values in (batch.input_ids, batch.position_ids, batch.segments, batch.visible):
@@ -167,25 +152,21 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
     batches = [attention.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     try:
         with attention.trying():
-            model = RewardModel(attention.small_model(config, args.max_length))
-            for p in model.parameters():
-                p.data = torch.randn_like(p) * p.shape[-1] ** -0.5
+            model = attention.small_model(config, args.max_length)
             below = freeze_bottom_layers(model, 1 if len(frozen.layers) == frozen.total_layers else 0.5).layers
             cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
 
-            def rewards(batch: Batch) -> Tensor:
+            def states(batch: Batch) -> Tensor:
                 cache.real = batch.segments >= 0
-                shared = batch.segments, batch.position_ids, batch.visible, model.trunk.config, torch.float32
-                return model(batch.input_ids, attention.attention_mask(*shared), batch.position_ids)[cache.real]
+                return attention.small_states(model, batch)[cache.real]
 
-            wanted, states = rewards(batches[0]), cache.computed
-            rewards(batches[1])
-            cache.kept = states[batches[0].segments >= 0]
-            same = torch.allclose(rewards(batches[0]), wanted, rtol=1e-4, atol=1e-5)
-        if states.requires_grad:
-            raise ValueError("something below the first trained layer is trained")
-        if not same:
-            raise ValueError("its layers hand on more than hidden states")
+            wanted, computed = states(batches[0]), cache.computed
+            if computed.requires_grad:
+                raise ValueError("something below the first trained layer is trained")
+            states(batches[1])
+            cache.kept = computed[batches[0].segments >= 0]
+            if not torch.allclose(states(batches[0]), wanted, rtol=1e-4, atol=1e-5):
+                raise ValueError("its layers hand on more than hidden states")
     except Exception as error:  # noqa: BLE001 - any failure at all is a reason to refuse
         raise InputError(
             f"--cache_trunk: not for {config.model_type} ({one_line(error)}); leave the flag away"

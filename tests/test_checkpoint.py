@@ -5,7 +5,6 @@
 Killing at random is tests/test_faults.py.
 """
 
-import argparse
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import pytest
 from conftest import make_comparisons, make_model, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
-from minirm.checkpoint import START, Run, accumulation, begin, check_output, checkpoints, differences, verify
+from minirm.checkpoint import START, Run, accumulation, check_output, checkpoints, differences, verify
 from minirm.data import InputError
 
 SPEEDS = ("pairs_per_second", "tokens_per_second")
@@ -155,7 +154,9 @@ def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, inpu
 
 
 def test_the_global_batch_is_kept_or_refused_with_both_numbers():
-    run = Run({"prompts a step": 8}, 2, None, START, 0)  # begun as 2 processes x 1 prompt x 4 micro-steps
+    run = Run(
+        START | {"recipe": {"prompts a step": 8}, "processes": 2}, None, 0
+    )  # begun as 2 processes x 1 prompt x 4 micro-steps
     assert accumulation(run, 2, 1, 4) == 4
     assert accumulation(run, 4, 1, 4) == 2
     assert accumulation(run, 1, 2, 4) == 4
@@ -195,13 +196,16 @@ def test_what_cannot_be_resumed_from_is_refused(server, inputs, finished, choice
     assert contents(finished) == before
 
 
-def test_rows_behind_the_checkpoint_are_cut_off(tmp_path):
-    """An evaluation that the checkpoint does not know of (a signal came before it) goes, too."""
-    lines = ['{"step": 0, "eval_loss": 1}', '{"step": 2, "loss": 1}', '{"step": 2, "eval_loss": 1}', '{"step": 3, "lo']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    state = START | {"step": 2, "result": {"step": 0}}
-    begin(tmp_path, Run({}, 1, tmp_path / "checkpoint-2", state, 0), argparse.Namespace(), 1)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_there_again(
+    server, inputs, finished, tmp_path
+):
+    """Before its first checkpoint; rows of metrics.jsonl from before that do not stay."""
+    flags = [*inputs, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
+    kill = "import os; train.checkpoint.save = lambda *_: os.kill(os.getpid(), 9)"
+    assert server.run(*flags, patch=kill).codes == [-9] and rows(tmp_path / "new")
+    run = server.run(*flags)
+    assert run.codes == [0], run.text()
+    assert rows(tmp_path / "new") == [row for row in rows(finished) if row["step"] > 4]
 
 
 # -- The best is kept. --------------------------------------------------------------------------------------------------
@@ -320,18 +324,6 @@ train.checkpoint.agree = signalled
     assert weights(tmp_path / "run") == weights(worse)
 
 
-def test_what_is_kept_may_change_unless_the_best_is_lost(server, worsening, worse, tmp_path):
-    flags = [*worsening, "--output_dir", tmp_path / "run"]
-    assert server.run(*flags, "--keep", "last", "--max_steps", 2, world=2).codes == [0, 0]
-    assert server.run(*flags, "--max_steps", 4, world=2).codes == [0, 0]  # the best is step 2, the checkpoint's own
-    assert weights(tmp_path / "run") == weights(worse)
-    assert server.run(*flags, "--keep", "last", "--max_steps", 6, world=2).codes == [0, 0]
-    before = contents(tmp_path / "run")
-    run = server.run(*flags, world=2)
-    assert run.codes == [2, 2] and "lacks the model of step 2, the best so far; go on with --keep last" in run.text()
-    assert contents(tmp_path / "run") == before
-
-
 # -- The folder. ---------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +418,6 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
             lambda state: state.update(result={}),
             lambda state: state.update(best={"step": 6}),
             lambda state: state.update(best={"step": 6, "eval_loss": "low"}),
-            lambda state: state["arguments"].pop("keep"),
         ]
     ):
         copy = tmp_path / str(number)
@@ -438,9 +429,9 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
         (copy / "SHA256SUMS").write_text("".join(f"{file_digest(copy / name)}  {name}\n" for name in names))
         with pytest.raises(ValueError):
             verify(copy)
-    (tmp_path / "0" / "SHA256SUMS").write_text(f"{'0' * 64}  ../../secret\n{'0' * 64}  checkpoint.json\n")
-    with pytest.raises(ValueError, match="damaged"):
-        verify(tmp_path / "0")
+    (copy / "SHA256SUMS").write_text(f"{'0' * 64}  ../../secret\n" + (copy / "SHA256SUMS").read_text())
+    with pytest.raises(ValueError, match="../../secret or its line in SHA256SUMS"):
+        verify(copy)
 
 
 def test_no_pickle_is_written_or_read(server, inputs, finished, tmp_path):

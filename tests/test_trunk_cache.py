@@ -352,6 +352,8 @@ def test_a_disk_that_runs_full_turns_writing_off_and_the_run_goes_on(
     write_bytes = Path.write_bytes
 
     def full(self, content):
+        if cache not in self.parents:
+            return write_bytes(self, content)
         written.append(self)
         if len(written) > 7:  # about.json and six others
             write_bytes(self, content[:100])
