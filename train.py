@@ -261,7 +261,7 @@ def train(args: argparse.Namespace) -> None:
     scaler.scale(torch.zeros((), device=home))  # puts the scale there: unscale_ does not wait for a copy of it
     kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
     if run.checkpoint:
-        kept = checkpoint.load(run, trained, optimizer, scheduler, scaler, args.keep, patient)
+        kept = checkpoint.load(run, trained, optimizer, scheduler, scaler, patient)
         print0(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
 
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
@@ -311,10 +311,9 @@ def train(args: argparse.Namespace) -> None:
         """Evaluates, logs, and keeps what is best so far."""
         nonlocal result, best
         log(result := evaluate(step))
-        if step and result["eval_loss"] < best.get("eval_loss", math.inf):
+        if args.keep == "best" and step and result["eval_loss"] < best.get("eval_loss", math.inf):
             best = result
-            if args.keep == "best":
-                kept.update(checkpoint.copies(trained))
+            kept.update(checkpoint.copies(trained))
 
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)

@@ -38,10 +38,10 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
     in a layer with a window, positions[q] - positions[k] < window. A query that would see nothing sees itself, so that
     no softmax is empty; it is no key to others, so it changes nothing.
 
-    Returns None if every row is one completion and all of it visible: causal attention does the same, on SDPA's fast
-    path (positions have to count on through the padding: transformers takes any jump for packed sequences). `visible`
-    as a 2-D mask if every row is one completion. Else an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`,
-    or a dict of them by layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
+    Returns, if every row is one completion, None or, where some of it is invisible, `visible` as a 2-D mask: causal
+    attention does the same, on SDPA's fast path (positions have to count on through the padding: transformers takes any
+    jump for packed sequences). Else an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`, a dict of them by
+    layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
     """
     real = segments >= 0
     order = torch.where(real, segments, 2)  # 0 0 0 1 1 1 2 2 where a row is one completion
@@ -64,9 +64,7 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
         if unknown := set(layer_types) - set(windows):
             raise ValueError(f"no mask for shared rows in layers of type {', '.join(sorted(unknown))}")
         return {kind: _additive(allowed, positions, windows[kind], dtype) for kind in set(layer_types)}
-    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
-        if config._attn_implementation == "eager":
-            raise ValueError("GPT-Neo's own attention counts its window by place in the row: call use_sdpa first")
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo, whose own attention counts by place in the row
         return torch.cat([_additive(allowed, positions, w, dtype) for w in (None, config.window_size)], dim=1)
     return _additive(allowed, positions, window, dtype)  # mistral, phi3, mixtral: one window for all layers
 
@@ -101,18 +99,17 @@ def probe_shared_rows(config, max_length=math.inf):
     frequencies change with the longest text of a batch (dynamic, longrope): exact up to there, refused beyond.
 
     Decides by trying, on a small random model made from a shrunk copy of the config: hidden states and gradients in
-    fp32 on the CPU. Whatever goes wrong on the way is a reason, too. Takes a second or less.
+    fp32 on the CPU. Takes a second or less.
     """
-    name = config.model_type
     try:
         with trying():
             model = small_model(config, max_length)
             differences = torch.tensor([_differences(model) for _ in range(PROBE_TRIES)]).amax(dim=0).tolist()
     except Exception as error:  # noqa: BLE001, any failure at all is a reason to refuse
-        return f"{name}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
+        return f"{config.model_type}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
     for what, difference in zip(("hidden states", "gradients"), differences):
         if not difference <= TOLERANCE:  # this way round NaN is a no
-            return f"{name}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
+            return f"{config.model_type}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
     return None
 
 
@@ -137,8 +134,7 @@ def small_model(config, max_length=math.inf):
     options = {"dtype": torch.float32, "trust_remote_code": False}  # False: else it asks on the terminal
     small = _shrunk(config, max_length)
     with torch.device("meta"):  # shapes without memory, the full size included
-        whole = AutoModel.from_config(copy.deepcopy(config), **options)
-        sketch = AutoModel.from_config(copy.deepcopy(small), **options)
+        whole, sketch = (AutoModel.from_config(copy.deepcopy(c), **options) for c in (config, small))
     if missing := _kinds(whole) - _kinds(sketch):
         raise ValueError(f"cannot try, the small model lacks {min(map(str, missing))}")
     if (size := sum(p.numel() for p in sketch.parameters())) > 1e8:
@@ -187,8 +183,6 @@ def _shrunk(config, max_length):
 
     The size of a head stays: rotary dimensions, scaling factors and norms hang on it.
     """
-    if not hasattr(config, "num_attention_heads"):
-        raise ValueError("no attention heads")
     small, fields = copy.deepcopy(config), config.to_dict()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -240,13 +234,10 @@ def _differences(model):
 
     texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS]
     batch = small_batch(texts, "shared")
-    states, shared, separate = small_states(model, batch), [], []
-    for row, (prefix, completions) in enumerate(texts):
-        for k, completion in enumerate(completions, start=1):
-            shared.append(states[row, batch.segments[row] == k])
-            alone = model(input_ids=torch.tensor([prefix + completion]), use_cache=False).last_hidden_state
-            separate.append(alone[0, len(prefix) :])
-    hidden = torch.cat(separate), torch.cat(shared)
+    shared = small_states(model, batch)[batch.segments > 0]
+    alone = [(len(prefix), torch.tensor([prefix + tail])) for prefix, tails in texts for tail in tails]
+    separate = [model(input_ids=text, use_cache=False).last_hidden_state[0, behind:] for behind, text in alone]
+    hidden = torch.cat(separate), shared
     weights, embeddings = torch.randn_like(hidden[0]), model.get_input_embeddings().weight
     gradients = [torch.autograd.grad((h * weights).sum(), embeddings)[0] for h in hidden]
     return [((a - b).abs().max() / a.abs().max()).item() for a, b in (hidden, gradients)]
@@ -255,16 +246,14 @@ def _differences(model):
 def use_sdpa(trunk):
     """Sends the attention of GPT-J and GPT-Neo, eager only in transformers, through SDPA. Others stay as they are.
 
-    In place. Sets `trunk.config._attn_implementation`, too, so that transformers makes no mask where SDPA needs none;
-    it is not saved, but no second model can be made from this config object. Under float16 autocast this is the safer
-    way: the original turns queries and keys to float32 against overflow, autocast turns them back; SDPA sums and scales
-    in float32 inside. Without dropout and key-value cache, neither of which minirm uses.
+    In place, the config too, so that transformers makes no mask where SDPA needs none; no second model can be made from
+    that object. Under float16 autocast this is the safer way: the original turns queries and keys to float32 against
+    overflow, autocast turns them back; SDPA sums and scales in float32 inside. Without dropout and key-value cache.
     """
-    modules = [module for module in trunk.modules() if type(module) in (GPTJAttention, GPTNeoSelfAttention)]
-    for module in modules:
-        module._attn = types.MethodType(_sdpa_attn, module)
-    if modules:
-        trunk.config._attn_implementation = "sdpa"
+    for module in trunk.modules():
+        if type(module) in (GPTJAttention, GPTNeoSelfAttention):
+            module._attn = types.MethodType(_sdpa_attn, module)
+            trunk.config._attn_implementation = "sdpa"  # not saved
 
 
 def _sdpa_attn(self, query, key, value, attention_mask=None):

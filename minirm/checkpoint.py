@@ -85,9 +85,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 def check_output(output: Path, choice: str) -> None:
     """Raises InputError if the output folder cannot be this run's. Looks at names only."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output_dir {output} is a file; choose a folder")
-    if not output.exists() or all(path.suffix == PARTIAL for path in output.iterdir()):
+    if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
         return
     if not (output / RUN).exists() and not checkpoints(output):
         raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
@@ -400,15 +398,13 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
 
 
-def load(
-    run: Run, trained: dict[str, nn.Parameter], optimizer, scheduler, scaler, keep: str, group
-) -> dict[str, Tensor]:
+def load(run: Run, trained: dict[str, nn.Parameter], optimizer, scheduler, scaler, group) -> dict[str, Tensor]:
     """Takes up where a checkpoint was made, in place, on any number of processes. All of them have to call it.
 
-    Returns the parameters as of state["best"] as `copies` does, {} under keep = "last". Raises InputError if it cannot.
+    Returns the parameters as of state["best"] as `copies` does, {} if there is none. Raises InputError if it cannot.
     """
     state = run.state
-    best = dict(copies(trained)) if keep == "best" and state["best"] else {}  # to be filled
+    best = dict(copies(trained)) if state["best"] else {}  # to be filled
     reader = HuggingFaceStorageReader(str(run.checkpoint))
     try:
         sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}

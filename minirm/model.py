@@ -80,18 +80,14 @@ def load_config(name: str, chat_template: str | None = None):
         )
     kind = type(config)
     if config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
-        raise InputError(
-            f"--model {name}: {config.model_type} is not a decoder (a causal language model), which is needed"
-        )
+        raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(
             f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing "
             "could load the trained reward model; choose another model family"
         )
     if config.get_text_config() is not config:
-        raise InputError(
-            f"--model {name}: {config.model_type} is more than a language model; give its text model alone"
-        )
+        raise InputError(f"--model {name}: {config.model_type} is more than a language model; give its text model")
     theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
     try:
         with torch.device("meta"):
@@ -208,13 +204,12 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
         raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
     trunk = model.base_model
     missing = sorted(
-        key for key in info["missing_keys"] if cls is not lm or key.startswith(trunk.base_model_prefix + ".")
+        key for key in info["missing_keys"] if cls is not lm or key.startswith(f"{trunk.base_model_prefix}.")
     )
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
             raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
-    if config.vocab_size > trunk.get_input_embeddings().num_embeddings:
-        known = trunk.get_input_embeddings().num_embeddings
+    if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
     head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed)

@@ -144,16 +144,13 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         raise InputError(
             f"--cache_trunk: none of {frozen.total_layers} layers is frozen; leave the flag away, or raise --freeze_ratio"
         )
-    if args.train_embeddings:
-        raise InputError(
-            "--cache_trunk: with --train_embeddings the frozen layers' outputs change; choose one of the two"
-        )
     # Of two rows, the second one padded.
     batches = [attention.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     try:
         with attention.trying():
             model = attention.small_model(config, args.max_length)
-            below = freeze_bottom_layers(model, 1 if len(frozen.layers) == frozen.total_layers else 0.5).layers
+            ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
+            below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
             cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
 
             def states(batch: Batch) -> Tensor:
@@ -162,7 +159,7 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
 
             wanted, computed = states(batches[0]), cache.computed
             if computed.requires_grad:
-                raise ValueError("something below the first trained layer is trained")
+                raise ValueError("something below the first trained layer is trained, as with --train_embeddings")
             states(batches[1])
             cache.kept = computed[batches[0].segments >= 0]
             if not torch.allclose(states(batches[0]), wanted, rtol=1e-4, atol=1e-5):

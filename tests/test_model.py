@@ -208,7 +208,7 @@ def config_only(folder, config):
         (transformers.CodeGenConfig(), "no sequence-classification class for codegen"),
         (transformers.XGLMConfig(), "no sequence-classification class for xglm"),
         (transformers.MambaConfig(), "no sequence-classification class for mamba"),
-        (transformers.Gemma3Config(), "gemma3 is more than a language model; give its text model alone"),
+        (transformers.Gemma3Config(), "gemma3 is more than a language model; give its text model"),
         (transformers.CTRLConfig(), "CTRLForSequenceClassification is more than a linear head"),
         (
             transformers.ModernBertDecoderConfig(),
