@@ -66,7 +66,7 @@ class Stop(Exception):
 class Run(NamedTuple):
     state: dict  # of the checkpoint, or START; its recipe is what a checkpoint has to agree with
     checkpoint: Path | None  # to go on from
-    finished: int  # steps after which it was finished; 0: it was not
+    finished: int | None  # steps after which it was finished
 
 
 # -- Which run is this? -----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
             f"--output_dir {output} holds a run that has got further than {folder}; leave --resume_from_checkpoint away to "
             "go on with it, or choose another --output_dir"
         )
-    recipe, finished = make_recipe(args, data, config, tokenizer, processes), record.pop("finished", 0)
+    recipe, finished = make_recipe(args, data, config, tokenizer, processes), record.pop("finished", None)
     for saved in (record, state):
         if changed := differences(saved.get("recipe", {}), recipe):
             raise InputError(
@@ -208,7 +208,7 @@ def begin(output: Path, run: Run, args: Namespace, processes: int, total_steps: 
 
     Raises Stop if the run is finished, and InputError if it cannot be brought to end after total_steps.
     """
-    done = max(run.finished, run.state["step"])
+    done = max(run.finished or 0, run.state["step"])
     if run.finished == total_steps:
         raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
     if done > total_steps or (run.finished and not run.checkpoint):
