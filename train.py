@@ -172,10 +172,10 @@ def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tenso
 
 def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
-    checkpoint.check_output(output, args.resume_from_checkpoint)
     device, mesh = shard.start_processes(args.shard_size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patient = shard.patient_group()
+    shard.on_first_process(patient, checkpoint.check_output, output, args.resume_from_checkpoint)
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[args.precision]

@@ -45,7 +45,6 @@ class RewardModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask=None, position_ids: Tensor | None = None) -> Tensor:
         """input_ids, position_ids: [R, L] int64; attention_mask: what the trunk takes -> rewards [R, L] in fp32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
         # fp32 whatever autocast says: half-precision rewards would tie by accident.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -69,7 +68,6 @@ def load_config(name: str, chat_template: str | None = None):
     """(config, tokenizer) of a model folder or name, ready for a reward model: one label, a pad token that is not EOS.
 
     chat_template: a file, in place of the tokenizer's own.
-
     Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
     """
     try:
@@ -83,8 +81,8 @@ def load_config(name: str, chat_template: str | None = None):
         raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(
-            f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing "
-            "could load the trained reward model; choose another model family"
+            f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing could "
+            "load the trained reward model; choose another model family"
         )
     if config.get_text_config() is not config:
         raise InputError(f"--model {name}: {config.model_type} is more than a language model; give its text model")
@@ -141,8 +139,8 @@ def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable
         files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
         for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
             with safe_open(path, "pt") as file:
-                found = [(path, key, file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118 - no dict
-                places |= {place[1].removeprefix(prefix): place for place in found}
+                for key in file.keys():  # noqa: SIM118 - no dict
+                    places[key.removeprefix(prefix)] = path, key, file.get_slice(key).get_shape()
     except Exception:  # noqa: BLE001
         return None
     wanted = {key.removeprefix("trunk."): tensor for key, tensor in saved_tensors(model)}
