@@ -84,7 +84,10 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 
 def check_output(output: Path, choice: str) -> None:
-    """Raises InputError if the output folder cannot be this run's. Looks at names only."""
+    """Raises InputError if the output folder cannot be this run's, before any data is read. Makes nothing."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output_dir {output}: {there} is not a folder that can be written; choose another one")
     if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
         return
     if not (output / RUN).exists() and not checkpoints(output):

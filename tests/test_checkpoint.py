@@ -16,7 +16,7 @@ import pytest
 from conftest import make_comparisons, make_model, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
-from minirm.checkpoint import START, Run, accumulation, check_output, checkpoints, differences, hold, verify
+from minirm.checkpoint import START, Run, accumulation, check_output, checkpoints, differences, verify
 from minirm.data import InputError
 
 SPEEDS = ("pairs_per_second", "tokens_per_second")
@@ -334,8 +334,9 @@ def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="another run's files"):
         check_output(tmp_path, "auto")
-    with pytest.raises(InputError, match="cannot be written .File exists"):
-        hold(tmp_path / "thesis.tex")
+    for path in (tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "run"):
+        with pytest.raises(InputError, match="thesis.tex is not a folder that can be written"):
+            check_output(path, "auto")
 
 
 def mount(folder, options):
@@ -345,12 +346,12 @@ def mount(folder, options):
     return folder
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(server, inputs, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(server, inputs, tmp_path):
     place = mount(tmp_path / "small", "ro")
     try:
-        patch = "train.load_weights = None"
+        patch = "train.prepare = None"
         run = server.run(*inputs, "--output_dir", place / "run", patch=patch)
-        assert run.codes == [2] and f"{place / 'run'}: cannot be written" in run.text(), run.text()
+        assert run.codes == [2] and f"{place} is not a folder that can be written" in run.text(), run.text()
     finally:
         subprocess.run(["umount", place], check=True)
 
