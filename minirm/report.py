@@ -51,8 +51,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder){half}
 
 def reward(prompts, completions, **_):
-    texts = [p + {separator!r} + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
-    batch = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+    texts = [p + {args.separator!r} + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length={args.max_length}, return_tensors="pt")
     with torch.no_grad():
         return model(**batch).logits[:, 0].tolist()
 ```
@@ -70,7 +70,7 @@ curl localhost:8000/classify -H "Content-Type: application/json" \\
 
 ## Training
 
-{pairs:,} pairs of {prompts:,} prompts; the model of step {result[step]:,}{best}.
+{counts[kept]:,} pairs of {counts[prompts]:,} prompts; the model of step {result[step]:,}{best}.
 
 ```
 train.py {recipe}
@@ -91,14 +91,7 @@ it is tokenised with `add_special_tokens=False`. That is what TRL does with mess
 
 
 def start_report(
-    args,
-    data: Prepared,
-    tokenizer,
-    model: nn.Module,
-    frozen: Frozen,
-    layout: str,
-    not_shared: str | None,
-    sample: list[Batch],
+    args, data: Prepared, tokenizer, model, frozen: Frozen, layout: str, not_shared: str | None, sample: list[Batch]
 ) -> str:
     """All flags, the table of comparisons, the share that is trained, the marked pair, and what has no effect.
 
@@ -109,54 +102,51 @@ def start_report(
     lines += ["", data_table(data.report, layout), ""]
     lines += [f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})"]
     lines += [freeze_line(model, frozen), "", marked_pair(data.train[0], tokenizer), ""]
-    if not_shared:
-        lines += [f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}", ""]
     margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
-    if margins and args.loss == "trlx":
-        lines += ["warning: --loss trlx is as published: the data's margins have no effect", ""]
-    if not margins and args.margin_scale != 1:
-        lines += ["warning: no margins in the data: --margin_scale has no effect", ""]
-    if args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1:
-        lines += ["warning: one comparison a prompt: --pair_weight has no effect", ""]
+    alone = args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1
+    for said, line in (
+        (not_shared, f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}"),
+        (margins and args.loss == "trlx", "warning: --loss trlx is as published: the data's margins have no effect"),
+        (args.margin_scale != 1 and not margins, "warning: no margins in the data: --margin_scale has no effect"),
+        (alone, "warning: one comparison a prompt: --pair_weight has no effect"),
+    ):
+        lines += [line, ""] if said else []
     return "\n".join(lines)
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
     """What every source was read as; comparisons read, dropped and kept, a column for each; tokens; and how far mere
     length would get."""
-    parts = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
-    counts = [totals([row]) for _, row in parts]
-    lines = [("comparisons", *(part for part, _ in parts))]
-    if len(parts) > 2:
-        lines.append(("", *(Path(row["source"]).name[-24:] for _, row in parts)))
-
-    def line(name: str, key: str | None = None) -> None:
-        values = [count[key or name] for count in counts]
-        if any(values) or name in ("read", "kept"):
-            lines.append((name, *(f"{value:,}" for value in values)))
-
-    line("read")
-    line("held out")
-    for reason in sorted({key for count in counts for key in count if key.startswith("dropped")}):
-        line(reason)
-    line("kept")
-    line("of them with the prompt cut", "kept, prompt cut")
-    line("of them with an answer cut", "kept, answer cut")
-    line("of them with a prompt of the training data", "prompt also in the training data")
-    line("prompts")
-    line("tokens, each answer with its prompt", "separate tokens")
+    rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
+    counts = [totals([row]) for _, row in rows]
+    total = sum(counts, Counter())
+    names = {"read": "read", "held out": "held out"} | {key: key for key in sorted(total) if key.startswith("dropped")}
+    names |= {
+        "kept": "kept",
+        "kept, prompt cut": "of them with the prompt cut",
+        "kept, answer cut": "of them with an answer cut",
+        "prompt also in the training data": "of them with a prompt of the training data",
+        "prompts": "prompts",
+        "separate tokens": "tokens, each answer with its prompt",
+    }
     if row_layout == "shared":
-        line("tokens, each prompt once", "shared tokens")
+        names["shared tokens"] = "tokens, each prompt once"
+    lines = [("comparisons", *(part for part, _ in rows))]
+    if len(rows) > 2:
+        lines.append(("", *(Path(row["source"]).name[-24:] for _, row in rows)))
+    for key, name in names.items():
+        if total[key] or key in ("read", "kept"):
+            lines.append((name, *(f"{count[key]:,}" for count in counts)))
+    if row_layout == "shared":
         saved = (1 - count["shared tokens"] / max(1, count["separate tokens"]) for count in counts)
         lines.append(("saved", *(f"{share:.1%}" for share in saved)))
     for which in ("longer", "shorter"):
         shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)
         lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
     width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
-    schemas = [f"{part:<8}  {_typed(row['source'])}: {row['schema']}" for part, row in parts if "schema" in row]
-    return "\n".join(
-        [*schemas, "", *(f"{name:<{width}}" + "".join(f"  {c:>{wide}}" for c in cells) for name, *cells in lines)]
-    )
+    table = [f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells) for name, *cells in lines]
+    schemas = [f"{part:<8}  {_typed(row['source'])}: {row['schema']}" for part, row in rows if "schema" in row]
+    return "\n".join([*schemas, "", *table])
 
 
 def freeze_line(model: nn.Module, frozen: Frozen) -> str:
@@ -166,22 +156,18 @@ def freeze_line(model: nn.Module, frozen: Frozen) -> str:
     return f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
 
 
-def marked_pair(group: dict, tokenizer, context: int = 300) -> str:
+def marked_pair(group: dict, tokenizer) -> str:
     """The first comparison as decoded from its ids, scored tokens in [[ ]]; the end reward is read at the last one."""
-    prefix, chosen, rejected = (
-        group["prefix"],
-        *(group["completions"][group[side][0]] for side in ("chosen", "rejected")),
-    )
-    same = common_prefix([chosen, rejected])
-    shown = tokenizer.decode(prefix + chosen[:same])
+    prefix, sides = group["prefix"], {side: group["completions"][group[side][0]] for side in ("chosen", "rejected")}
+    same = common_prefix([*sides.values()])
+    shown = tokenizer.decode(prefix + sides["chosen"][:same])
     lines = ["the first pair; what is scored stands in [[ ]], the reward of an answer is read at its last token:"]
-    lines.append(f"  both      {('...' if len(shown) > context else '') + shown[-context:]!r}")
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+    lines.append(f"  both      {('...' if len(shown) > 300 else '') + shown[-300:]!r}")
+    for side, ids in sides.items():
         text = tokenizer.decode(ids[same:])
-        text = text if len(text) <= context else f"{text[: context // 2]} ... {text[-context // 2 :]}"
-        lines.append(
-            f"  {name:<8}  [[{text!r}]] {len(prefix) + len(ids)} tokens, the last is {tokenizer.decode(ids[-1:])!r}"
-        )
+        text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+        end = f"{len(prefix) + len(ids)} tokens, the last is {tokenizer.decode(ids[-1:])!r}"
+        lines.append(f"  {side:<8}  [[{text!r}]] {end}")
     return "\n".join(lines)
 
 
@@ -196,23 +182,19 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     ]
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("eval_loss") is not None] or [result]  # null: not finite
-    some = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # ten, the first and the last among them
-    curve = [f"| {rows[i]['step']:,} | {rows[i]['eval_loss']:.4f} | {rows[i]['eval_accuracy']:.4f} |" for i in some]
-    counts = totals(report["train"])
+    ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
+    curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
+    rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
     return CARD.format(
         base_model="" if Path(args.model).exists() else f"base_model: {args.model}\n",
         model=_typed(args.model),
-        separator=args.separator,
-        max_length=args.max_length,
-        half=""
-        if args.precision == "fp32"
-        else f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal",
+        args=args,
+        half="" if args.precision == "fp32" else rounded,
         chat=CHAT if tokenizer.chat_template else "",
         eos=tokenizer.eos_token,
         text=json.dumps(f"prompt{args.separator}answer{tokenizer.eos_token}"),
         result=result,
-        pairs=counts["kept"],
-        prompts=counts["prompts"],
+        counts=totals(report["train"]),
         recipe=" ".join(f"--{flag}" if value is True else f"--{flag} {_typed(value)}" for flag, value in said),
         table=data_table(report, "separate").strip(),
         best=", where the held-out loss was lowest" if result["step"] < rows[-1]["step"] else "",
@@ -247,7 +229,8 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, time_shares(profile.events()), group=group)
         if rank == 0:
-            print(profile_table(everyone, steps, output))
+            print(f"{steps} steps profiled, traces in {output}/trace-rank*.json.gz; shares of the time of each process")
+            print(profile_table(everyone, steps))
 
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1, skip_first=1)
     profile = torch.profiler.profile(schedule=schedule, on_trace_ready=done)
@@ -267,20 +250,18 @@ def time_shares(events) -> Counter[str]:
             times["communication"] += max(0.0, span.end - max(span.start, end))
             end = max(end, span.end)
         elif name.startswith("aten::"):
-            matrices = name.removeprefix("aten::") in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+            matrices = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm")
             kind = PROFILED[0 if matrices else 1 if "scaled_dot_product" in name or "_attention_" in name else 2]
             times[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
     return times
 
 
-def profile_table(everyone: list[Counter[str]], steps: int, output: Path) -> str:
-    """Shares of time by process. Waiting is what a process spends in collectives beyond the one that spends the least."""
+def profile_table(everyone: list[Counter[str]], steps: int) -> str:
+    """By process. Waiting is what a process spends in collectives beyond the one that spends the least."""
     least = min(times["communication"] for times in everyone)
-    lines = [f"{steps} steps profiled, traces in {output}/trace-rank*.json.gz; shares of the time of each process"]
-    lines.append(f"{'process':<9}{'ms a step':>10}" + "".join(f"{name:>18}" for name in PROFILED))
+    lines = [f"{'process':<9}{'ms a step':>10}" + "".join(f"{name:>18}" for name in PROFILED)]
     for rank, times in enumerate(everyone):
-        times["waiting"] = times["communication"] - least
-        times["communication"] = least
+        times |= {"waiting": times["communication"] - least, "communication": least}
         times[PROFILED[-1]] = max(0, times["whole"] - sum(times[name] for name in PROFILED[:-1]))
         shares = "".join(f"{times[name] / times['whole']:>18.1%}" for name in PROFILED)
         lines.append(f"{rank:<9}{times['whole'] / steps / 1000:>10.1f}{shares}")

@@ -31,8 +31,6 @@ class Batch:
     start: Tensor  # [P] int64: first place in the completions where the two differ
     end: Tensor  # [P] int64: one behind the last place compared; both end rewards stand at end - 1
     margin: Tensor  # [P] fp32
-    subset: list[str]  # [P]
-    source: list[int]  # [P] number of the file
     group: list[int]  # [R] which of the groups a row belongs to, in order
     tokens: int  # real tokens computed, without padding
     separate_tokens: int  # what they would be with every completion in a row of its own
@@ -73,19 +71,19 @@ def collate(
     group_of: list[int] = []  # for each row
     hidden: list[int] = []  # for each completion, how many of its last tokens are pads of the published loss
     located: list[tuple[int, int, int]] = []  # for each completion: row, place in the row, length with pads
-    pairs = []  # (chosen, rejected, start, end, margin, subset, source)
+    pairs = []  # (chosen, rejected, start, end, margin)
     for g, group in enumerate(groups):
         base, prefix, tails = len(located), group["prefix"], group["completions"]
         length = [len(tail) for tail in tails]
         padded = list(length)
-        for c, r, *about in zip(*(group[name] for name in ("chosen", "rejected", "margin", "subset", "source"))):
+        for c, r, margin in zip(group["chosen"], group["rejected"], group["margin"]):
             end = max(length[c], length[r])
             if trlx_eos_id is not None:
                 end = max(end - 1, 1)
                 padded[c], padded[r] = max(padded[c], end), max(padded[r], end)
             # Two equal answers, which only evaluation meets, are compared at their end: a tie.
             start = min(common_prefix([tails[c], tails[r]]), end - 1)
-            pairs.append((base + c, base + r, start, end, *about))
+            pairs.append((base + c, base + r, start, end, margin))
         row: list[list[int]] | None = None
         for tail, real, whole in zip(tails, length, padded):
             if row is None or row_layout == "separate" or sum(map(len, row)) + whole > row_limit:
@@ -131,8 +129,6 @@ def collate(
         start=start,
         end=end,
         margin=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
-        subset=[pair[5] for pair in pairs],
-        source=[pair[6] for pair in pairs],
         group=group_of,
         tokens=sum(len(ids) for row in rows for ids in row),
         separate_tokens=sum(len(row[0]) + len(ids) for row in rows for ids in row[1:]),

@@ -14,11 +14,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, make_comparisons, make_model, make_tokenizer, write_jsonl
+from conftest import CONFIGS, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
 from safetensors.torch import load_file
 from test_model import load, state
 
-from minirm import checkpoint
+from minirm import checkpoint, score
 from minirm.model import export
 
 FAMILIES = sorted(CONFIGS)
@@ -156,6 +156,23 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     answers = classify(texts, batch_size=8)
     assert {text: answer["score"] for text, answer in zip(texts, answers)} == wanted
     assert {answer["label"] for answer in answers} == {"LABEL_0"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_minirm_score_gives_the_trainers_rewards_and_accuracy(trained, data, capsys, tmp_path, family):
+    folder, noted = trained(family)
+    flags = ["--model", folder, "--data", data[-1], "--output", tmp_path / "scores.jsonl"]
+    assert score.main([str(flag) for flag in flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows, scores = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (data[-1], tmp_path / "scores.jsonl")
+    )
+    sides = [(row["prompt"], row[side], of[side]) for row, of in zip(rows, scores) for side in ("chosen", "rejected")]
+    found = {f"{prompt}\n{answer}<|endoftext|>": reward for prompt, answer, reward in sides}
+    assert len(rows) == len(scores) == 8
+    assert found == pytest.approx({text: reward for text, (_, reward) in noted.items()}, abs=1e-4, rel=0)
+    last = read_metrics(folder)[-1]
+    assert (result["accuracy"], result["ties"], result["pairs"]) == (last["eval_accuracy"], last["eval_ties"], 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -153,10 +153,11 @@ def test_a_long_pair_is_shown_in_part_with_its_end(tokenizer):
         tokenizer("a" * 500 + "<|endoftext|>")["input_ids"],
         tokenizer("b<|endoftext|>")["input_ids"],
     ]
-    lines = marked_pair(group, tokenizer, context=100).splitlines()
-    assert lines[1] == f"  both      '...{'p' * 100}'"
+    lines = marked_pair(group, tokenizer).splitlines()
+    assert lines[1] == f"  both      '...{'p' * 300}'"
     assert (
-        lines[2] == f"  chosen    [['{'a' * 50} ... {'a' * 37}<|endoftext|>']] 1001 tokens, the last is '<|endoftext|>'"
+        lines[2]
+        == f"  chosen    [['{'a' * 150} ... {'a' * 137}<|endoftext|>']] 1001 tokens, the last is '<|endoftext|>'"
     )
 
 

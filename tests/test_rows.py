@@ -43,15 +43,13 @@ class Scorer:
         return real + [self.reward(EOS, len(text) + i, text) for i in range(pads)]
 
 
-def group(prefix, completions, pairs, margins=None, subsets=None):
+def group(prefix, completions, pairs, margins=None):
     return {
         "prefix": prefix,
         "completions": completions,
         "chosen": [c for c, _ in pairs],
         "rejected": [r for _, r in pairs],
         "margin": margins or [0.0] * len(pairs),
-        "subset": subsets or [""] * len(pairs),
-        "source": [0] * len(pairs),
     }
 
 
@@ -204,14 +202,13 @@ def test_rows_without_pairs_can_be_computed_too():
     assert batch.start.shape == batch.end.shape == batch.margin.shape == (0,)
 
 
-def test_margins_and_subsets_stay_with_their_pairs():
+def test_margins_stay_with_their_pairs():
     groups = [
-        group([2], [[3, EOS], [4, EOS]], [(0, 1), (1, 0)], [1.5, 0.0], ["chat", ""]),
-        group([2], [[5, EOS], [6, EOS]], [(1, 0)], [3.0], ["code"]),
+        group([2], [[3, EOS], [4, EOS]], [(0, 1), (1, 0)], [1.5, 0.0]),
+        group([2], [[5, EOS], [6, EOS]], [(1, 0)], [3.0]),
     ]
     batch = collate(groups, row_layout="separate", pad_id=PAD, row_limit=99)
     assert batch.margin.tolist() == [1.5, 0.0, 3.0] and batch.margin.dtype == torch.float32
-    assert batch.subset == ["chat", "", "code"]
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 1, 3], [1, 0, 2])
 
 
@@ -228,4 +225,4 @@ def test_to_copies_every_tensor():
     moved = batch.to(torch.device("meta"))
     tensors = [name for name, value in vars(moved).items() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 10 and all(getattr(moved, name).is_meta for name in tensors)
-    assert moved.subset == batch.subset and moved.tokens == batch.tokens
+    assert moved.group == batch.group and moved.tokens == batch.tokens

@@ -76,16 +76,18 @@ def test_scores_are_those_of_the_plain_model_whatever_the_batch(exported, capsys
 def test_shared_and_separate_rows_give_the_same(exported, capsys, tmp_path, monkeypatch):
     """Long prompts and short answers are worth sharing, the other way round not; one bound forbids it, one forces it."""
     rows = make_comparisons(12, per_prompt=3)
-    layouts, collate = [], score.collate
-    monkeypatch.setattr(score, "collate", lambda groups, **o: layouts.append(o["row_layout"]) or collate(groups, **o))
-    found = {}
-    for bound, layout in ((0.0, "separate"), (1.1, "shared")):
+    sizes, collate = set(), score.collate
+    monkeypatch.setattr(
+        score, "collate", lambda rows, **o: sizes.update(len(r["places"]) for r in rows) or collate(rows, **o)
+    )
+    found = []
+    for bound, expected in ((0.0, {1}), (1.1, {4})):  # completions of a row
         monkeypatch.setattr(score, "WORTH_SHARING", bound)
-        layouts.clear()
+        sizes.clear()
         _, out = scored(capsys, exported("llama"), [rows], tmp_path)
-        assert set(layouts) == {layout}
-        found[layout] = [row[side] for row in out for side in ("chosen", "rejected")]
-    assert found["shared"] == close(found["separate"])
+        assert sizes == expected
+        found.append([row[side] for row in out for side in ("chosen", "rejected")])
+    assert found[1] == close(found[0])
 
 
 def test_accuracy_ties_subsets_files_and_calibration_are_counted_from_the_scores(exported, capsys, tmp_path):
@@ -184,13 +186,13 @@ def test_an_encoder_with_one_label_is_scored_with_its_own_special_tokens(capsys,
     "flags, message",
     [
         (["--model", "no/such"], "--model no/such: no model folder or name that can be loaded"),
-        (["--model", "{plain}"], "LlamaForCausalLM, not a sequence-classification model; give a trained reward model"),
-        (["--model", "{two}"], "a classifier with 2 labels; a reward model has one"),
+        (["--model", "{plain}"], "LlamaForCausalLM with 2 labels; give a reward model, that is one for sequences with"),
+        (["--model", "{two}"], "LlamaForSequenceClassification with 2 labels; give a reward model"),
         (["--data", "{tmp}/none.jsonl"], "none.jsonl: No such file or directory"),
         (["--data", "{tmp}/bad.jsonl"], "bad.jsonl:1: no column 'chosen'"),
         (["--output", "{tmp}/no/x.jsonl"], "no/x.jsonl: there is no folder"),
-        (["--max_length", "0"], "--max_length must be positive, got 0"),
-        (["--max_length", "99999"], "has 2048 positions; choose no more"),
+        (["--max_length", "0"], "--max_length must lie in 1..2048, "),
+        (["--max_length", "99999"], "--max_length must lie in 1..2048, "),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=str,
