@@ -28,20 +28,17 @@ from minirm.sources import InputError, one_line
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
-FLOPS = flop_registry | {  # what it lacks
-    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],  # of experts
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+SDPA = "_scaled_dot_product_flash_attention_for_cpu"
+FLOPS = flop_registry | {  # and what it lacks, experts and the CPU's attention
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
+    getattr(torch.ops.aten, SDPA): lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    getattr(torch.ops.aten, SDPA + "_backward"): (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
     ),
 }
-
-
 # What CUDA's autocast computes, and keeps, in fp32, and the CPU's does not: of the list in
 # https://docs.pytorch.org/docs/stable/amp.html what decoders use.
-FP32 = [
+FP32 = {
     "pow",
     "__pow__",
     "__rpow__",
@@ -53,12 +50,10 @@ FP32 = [
     "softmax",
     "layer_norm",
     "softplus",
-]
+}
 
 
 class CudaAutocast(TorchFunctionMode):
-    """The half of it that torch.autocast("cpu") lacks."""
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in FP32:
             args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
@@ -66,26 +61,25 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def like_cuda(forward, *args, **kwargs):
-    with CudaAutocast():  # not around the whole step: no such mode is on within backward, which checkpoints compute in
+    with CudaAutocast():  # of a block: around the whole step it would be off where backward computes checkpoints anew
         return forward(*args, **kwargs)
 
 
 class Meter(TorchDispatchMode):
     """Counts what is computed inside: floating-point operations, and bytes of the tensors made that are still there.
 
-    `peak` is the most there ever were; `kept` is added from outside, for gradients, `peak_with_kept` the most of both.
+    `peak` is the most there ever were, together with what was added from outside.
     torch's FlopCounterMode will not do beside it: what it refers to is freed late, so that peaks come out too high.
     """
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.flops = self.now = self.peak = self.kept = self.peak_with_kept = 0
+        self.flops = self.now = self.peak = 0
         self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
-    def add(self, count: int) -> None:
+    def add(self, count: float) -> None:
         self.now += count
         self.peak = max(self.peak, self.now)
-        self.peak_with_kept = max(self.peak_with_kept, self.now + self.kept)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -109,7 +103,7 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
 
     def forget(parameter: Tensor) -> None:
         parameter.grad = None
-        meter.kept += kept * parameter.numel()
+        meter.add(kept * parameter.numel())
 
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -133,8 +127,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     """
     prompts, micro_steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     shards, offload = args.shard_size or (MACHINE if world % MACHINE == 0 else world), args.cpu_offload
-    # bf16 is as large as fp16, and experts know no other.
-    computed = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    computed = torch.bfloat16 if dtype == torch.float16 else dtype  # as large, and experts know no other
     with FakeTensorMode():  # parameters as FSDP gathers them, the head in fp32
         model = RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=computed)).eval()
     use_sdpa(model.trunk)
@@ -151,8 +144,8 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
 
     number = dtype.itemsize  # bytes of one in the compute precision
     trained, frozen = count(model), count(model, trained=False)
-    in_blocks = [count(block) for block in blocks]
-    unit = max(*in_blocks, trained - sum(in_blocks))  # what FSDP gathers and reduces at a time; the rest is one, too
+    units = [count(block) for block in blocks]
+    unit = max(*units, trained - sum(units))  # what FSDP gathers and reduces at a time; the rest is one, too
     frozen_unit = max(count(block, trained=False) for block in blocks)
     stay = (shards == 1 and not offload) or frozen * number <= FROZEN_SHARE * args.device[0] * 1e9
     frozen_shard = 0 if shards == 1 and stay else frozen * number / shards  # that FSDP gathers the whole from
@@ -174,14 +167,12 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         "trained parameters, gathered": 2 * unit * number if shards > 1 or offload else trained * number,
         "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
         "gradients on their way": unit * (number + 4),
-        "activations": meter.peak,
+        "activations, gradients of a lone micro-step": meter.peak,
     }
-    step = {"gradients, fp32": on_device, "AdamW at work": on_device}
-    in_backward = sum(backward.values()) - meter.peak + meter.peak_with_kept  # the gradients grow as activations go
+    step = {"gradients, fp32": on_device, "AdamW at work, fp32": on_device}
     gathers = micro_steps * (1 - 1 / shards) * number
     sent = {
-        "trained units gathered, forward": gathers * trained,
-        "trained units gathered, backward": gathers * trained,
+        "trained units gathered, forward and backward": 2 * gathers * trained,
         "frozen units gathered": 0 if stay else gathers * frozen,
         "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
         "gradients summed over copies, fp32": 2 * share * (1 - shards / world),
@@ -189,7 +180,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     return {
         "trained": trained, "frozen": frozen, "shards": shards, "rows": rows, "length": length,
         "always": always, "backward": backward, "step": step, "sent": sent,
-        "peak": sum(always.values()) + max(in_backward, sum(step.values())),
+        "peak": sum(always.values()) + max(sum(backward.values()), sum(step.values())),
         "host": 4 * share + frozen_shard if offload else 0,
         "forward FLOP": micro_steps * forward, "backward FLOP": micro_steps * (meter.flops - forward),
         "computing": micro_steps * meter.flops / (args.device[1] * 1e12), "sending": sum(sent.values()) / (args.device[2] * 1e9),

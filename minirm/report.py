@@ -120,23 +120,16 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
     rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
     counts = [totals([row]) for _, row in rows]
     total = sum(counts, Counter())
-    names = {"read": "read", "held out": "held out"} | {key: key for key in sorted(total) if key.startswith("dropped")}
-    names |= {
-        "kept": "kept",
-        "kept, prompt cut": "of them with the prompt cut",
-        "kept, answer cut": "of them with an answer cut",
-        "prompt also in the training data": "of them with a prompt of the training data",
-        "prompts": "prompts",
-        "separate tokens": "tokens, each answer with its prompt",
-    }
-    if row_layout == "shared":
-        names["shared tokens"] = "tokens, each prompt once"
+    keys = ["read", "held out", *sorted(key for key in total if key.startswith("dropped")), "kept", "kept, prompt cut"]
+    keys += ["kept, answer cut", "prompt also in the training data", "prompts", "separate tokens"]
+    keys += ["shared tokens"] if row_layout == "shared" else []
+    clear = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
     lines = [("comparisons", *(part for part, _ in rows))]
     if len(rows) > 2:
         lines.append(("", *(Path(row["source"]).name[-24:] for _, row in rows)))
-    for key, name in names.items():
+    for key in keys:
         if total[key] or key in ("read", "kept"):
-            lines.append((name, *(f"{count[key]:,}" for count in counts)))
+            lines.append((clear.get(key, key), *(f"{count[key]:,}" for count in counts)))
     if row_layout == "shared":
         saved = (1 - count["shared tokens"] / max(1, count["separate tokens"]) for count in counts)
         lines.append(("saved", *(f"{share:.1%}" for share in saved)))

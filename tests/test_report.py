@@ -69,7 +69,7 @@ def test_the_table_counts_what_was_read_dropped_and_kept(data):
         "dropped: identical answers": ("1", "0"),
         "dropped: tie": ("1", "0"),
         "kept": ("4", "2"),
-        "of them with a prompt of the training data": ("0", "1"),
+        "prompt also in the training data": ("0", "1"),
         "prompts": ("3", "2"),
         "tokens, each answer with its prompt": ("80", "37"),
         "tokens, each prompt once": ("48", "24"),
@@ -95,9 +95,9 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_
     data = prepare(tokenizer, [source], [source], separator="|", max_length=14, cache_dir=tmp_path)
     table = table_rows(data_table(data.report, "shared"))
     assert table["kept"] == ("3", "3")
-    assert table["of them with the prompt cut"] == ("2", "2")
+    assert table["kept, prompt cut"] == ("2", "2")
     assert table["prompts"] == ("2", "2")
-    assert "of them with an answer cut" not in table
+    assert "kept, answer cut" not in table
 
 
 def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_read_as(tokenizer, tmp_path):
@@ -243,7 +243,7 @@ def test_the_model_card_states_the_runs_numbers(data, tokenizer, tmp_path):
         "model = AutoModelForSequenceClassification.from_pretrained(folder)  # bf16; with dtype=torch.float32 fewer rewards are equal",
         "4 pairs of 3 prompts; the model of step 1,000.",
         r"train.py --loss divergence --max_length 99 --model some/model --precision bf16 --separator '\n' --train_data 'x y.jsonl' b.csv --train_embeddings",
-        "kept                                                   4             2",
+        "kept                                             4             2",
         r"""    -d '{"input": ["prompt\nanswer<|endoftext|>"], "use_activation": false}'    # data[0].probs[0] is the reward""",
     ):
         assert line in text.splitlines(), line
