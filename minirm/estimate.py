@@ -155,43 +155,45 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     buffers = sum(b.nbytes for b in model.buffers())
     meter, forward = micro_step(model, rows, length, computed, layout, 0 if summed or offload else 4 / shards)
     on_device = 0 if offload else share
-    always = {
-        "frozen parameters": buffers + (frozen * number if stay else 0) + (0 if offload else frozen_shard),
-        "trained parameters, fp32": on_device,
-        "moments of AdamW, fp32": 2 * on_device,
-    }
-    backward = {
-        "whole gradients of earlier micro-steps, fp32": summed,
-        # One device keeps its copy in the compute precision through forward. Several gather a unit while the one before
-        # is in use; gradients of a unit come in the compute precision and are reduced in fp32.
-        "trained parameters, gathered": 2 * unit * number if shards > 1 or offload else trained * number,
-        "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
-        "gradients on their way": unit * (number + 4),
-        "activations, gradients of a lone micro-step": meter.peak,
-    }
-    step = {"gradients, fp32": on_device, "AdamW at work, fp32": on_device}
     gathers = micro_steps * (1 - 1 / shards) * number
-    sent = {
-        "trained units gathered, forward and backward": 2 * gathers * trained,
-        "frozen units gathered": 0 if stay else gathers * frozen,
-        "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
-        "gradients summed over copies, fp32": 2 * share * (1 - shards / world),
+    parts = {  # bytes
+        "on a device, always": {
+            "frozen parameters": buffers + (frozen * number if stay else 0) + (0 if offload else frozen_shard),
+            "trained parameters, fp32": on_device,
+            "moments of AdamW, fp32": 2 * on_device,
+        },
+        "in backward": {
+            "whole gradients of earlier micro-steps, fp32": summed,
+            # One device keeps its copy in the compute precision through forward. Several gather a unit while the one
+            # before is in use; gradients of a unit come in the compute precision and are reduced in fp32.
+            "trained parameters, gathered": 2 * unit * number if shards > 1 or offload else trained * number,
+            "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
+            "gradients on their way": unit * (number + 4),
+            "activations, gradients of a lone micro-step": meter.peak,
+        },
+        "in the optimizer's step": {"gradients, fp32": on_device, "AdamW at work, fp32": on_device},
+        "in host memory, a process": {"parameters, gradients, moments": 4 * share + frozen_shard if offload else 0},
+        "sent by a device in a step": {
+            "trained units gathered, forward and backward": 2 * gathers * trained,
+            "frozen units gathered": 0 if stay else gathers * frozen,
+            "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
+            "gradients summed over copies, fp32": 2 * share * (1 - shards / world),
+        },
     }
+    always, backward, step, _, sent = (sum(part.values()) for part in parts.values())
+    width = config.get_text_config().hidden_size
+    parts["on disk"] = {"a checkpoint": 12 * trained, "--cache_trunk, a million tokens": 1e6 * number * width}
     return {
         "trained": trained, "frozen": frozen, "shards": shards, "rows": rows, "length": length,
-        "always": always, "backward": backward, "step": step, "sent": sent,
-        "peak": sum(always.values()) + max(sum(backward.values()), sum(step.values())),
-        "host": 4 * share + frozen_shard if offload else 0,
+        "parts": parts, "peak": always + max(backward, step),
         "forward FLOP": micro_steps * forward, "backward FLOP": micro_steps * (meter.flops - forward),
-        "computing": micro_steps * meter.flops / (args.device[1] * 1e12), "sending": sum(sent.values()) / (args.device[2] * 1e9),
-        "checkpoint": 12 * trained, "trunk cache": 1e6 * number * config.get_text_config().hidden_size,
+        "computing": micro_steps * meter.flops / (args.device[1] * 1e12), "sending": sent / (args.device[2] * 1e9),
     }  # fmt: skip
 
 
 def table(found: dict[str, Any], args: Namespace) -> str:
     """What `estimate` found, for people."""
     (memory, flops, bandwidth), computing, sending = args.device, found["computing"], found["sending"]
-    share = found["peak"] / (memory * 1e9)
     shared = f"; {found['shards']} share a copy of what is trained" if args.world_size > 1 else ""
     lines = [
         f"{found['trained']:,} parameters trained, {found['frozen']:,} frozen",
@@ -199,16 +201,10 @@ def table(found: dict[str, Any], args: Namespace) -> str:
         f"{args.gradient_accumulation_steps} micro-steps a step, each of {found['rows']} rows of {found['length']} tokens, "
         + "the longest that prompts of one comparison can make",
     ]
-    for title, parts in (
-        ("on a device, always", found["always"]),
-        ("in backward", found["backward"]),
-        ("in the optimizer's step", found["step"]),
-        ("in host memory, a process", {"parameters, gradients, moments": found["host"]}),
-        ("sent by a device in a step", found["sent"] | {"together": sum(found["sent"].values())}),
-        ("on disk", {"a checkpoint": found["checkpoint"], "--cache_trunk, a million tokens": found["trunk cache"]}),
-    ):
-        shown = [f"  {name:<46}{value / 1e9:>10,.3f}" for name, value in parts.items() if value]
+    for title, part in found["parts"].items():
+        shown = [f"  {name:<46}{value / 1e9:>10,.3f}" for name, value in part.items() if value]
         lines += ["", f"{title}, GB", *shown] if shown else []
+    share = found["peak"] / (memory * 1e9)
     fits = "it fits" if share <= USABLE else (
         f"IT DOES NOT FIT, since {1 - USABLE:.0%} should be left to CUDA; more devices, --gradient_checkpointing, "
         "--gradient_accumulation_steps 1 or --cpu_offload need less"

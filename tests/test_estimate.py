@@ -30,7 +30,7 @@ from minirm.estimate import estimate
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 memory = importlib.import_module("memory")
 
-ACTIVATIONS = "activations, gradients of a lone micro-step"
+SENT, ACTIVATIONS = "sent by a device in a step", "activations, gradients of a lone micro-step"
 TRAINED, FROZEN = 1_610_854_400, 4_233_543_680
 FORWARD, BACKWARD = 4 * 12_956_816_998_400, 4 * 7_483_206_860_800
 
@@ -42,7 +42,9 @@ def gptj_6b(layers=28):
 
 def planned(config, *flags, dtype=torch.float16, layout="shared"):
     args = train.parse_args(["--model", "any", "--plan", "--device", "80", "400", "300", *map(str, flags)])
-    return estimate(config, args, dtype, layout)
+    found = estimate(config, args, dtype, layout)
+    assert len({name for part in found["parts"].values() for name in part}) == sum(map(len, found["parts"].values()))
+    return found | {name: value for part in found["parts"].values() for name, value in part.items()}
 
 
 @pytest.mark.parametrize("devices, shards, copies", [(1, 1, 1), (8, 8, 1), (64, 8, 8)])
@@ -50,14 +52,14 @@ def test_gpt_j_6b_takes_what_is_counted_by_hand(devices, shards, copies):
     found = planned(gptj_6b(), "--world_size", devices)
     assert (found["trained"], found["frozen"], found["shards"]) == (TRAINED, FROZEN, shards)
     assert (found["rows"], found["length"]) == (1, 1100)
-    assert found["always"]["trained parameters, fp32"] == 4 * TRAINED / shards
-    assert found["always"]["moments of AdamW, fp32"] == 8 * TRAINED / shards
-    assert found["step"]["gradients, fp32"] == 4 * TRAINED / shards
-    assert found["backward"]["whole gradients of earlier micro-steps, fp32"] == 4 * TRAINED
+    assert found["trained parameters, fp32"] == 4 * TRAINED / shards
+    assert found["moments of AdamW, fp32"] == 8 * TRAINED / shards
+    assert found["gradients, fp32"] == 4 * TRAINED / shards
+    assert found["whole gradients of earlier micro-steps, fp32"] == 4 * TRAINED
     # Whole on every device, and a shard beside where there are several; 28 buffers of rotary positions, 2048 x 64 in fp32.
     weights = 2 * FROZEN * (1 if devices == 1 else 9 / 8)
-    assert found["always"]["frozen parameters"] == pytest.approx(weights + 28 * 2048 * 64 * 4, rel=1e-3)
-    assert list(found["sent"].values()) == pytest.approx(
+    assert found["frozen parameters"] == pytest.approx(weights + 28 * 2048 * 64 * 4, rel=1e-3)
+    assert list(found["parts"][SENT].values()) == pytest.approx(
         [
             2 * 4 * 2 * TRAINED * (1 - 1 / shards),  # twice in 4 micro-steps, of 2 bytes
             0,
@@ -65,41 +67,44 @@ def test_gpt_j_6b_takes_what_is_counted_by_hand(devices, shards, copies):
             2 * (1 - 1 / copies) * 4 * TRAINED / shards,
         ]
     )
-    assert (found["checkpoint"], found["trunk cache"]) == (12 * TRAINED, 8192e6)
+    assert (found["a checkpoint"], found["--cache_trunk, a million tokens"]) == (12 * TRAINED, 8192e6)
     assert (found["forward FLOP"], found["backward FLOP"]) == (FORWARD, BACKWARD)
     assert found["computing"] == pytest.approx((FORWARD + BACKWARD) / 400e12)
-    assert found["sending"] == pytest.approx(sum(found["sent"].values()) / 300e9)
+    assert found["sending"] == pytest.approx(sum(found["parts"][SENT].values()) / 300e9)
 
 
 def test_flags_move_what_they_should():
     """7 layers of the same size, two of them trained."""
     seven = partial(gptj_6b, layers=7)
     usual, few = planned(seven()), planned(seven(), "--gradient_accumulation_steps", 1)
-    assert few["backward"]["whole gradients of earlier micro-steps, fp32"] == 0
+    assert few["whole gradients of earlier micro-steps, fp32"] == 0
     assert few["forward FLOP"] == usual["forward FLOP"] / 4 and few["peak"] < usual["peak"]
     twice = planned(seven(), "--per_device_train_batch_size", 2)
     assert twice["forward FLOP"] == 2 * usual["forward FLOP"]
-    assert 1.8 < twice["backward"][ACTIVATIONS] / usual["backward"][ACTIVATIONS] < 2.1
+    assert 1.8 < twice[ACTIVATIONS] / usual[ACTIVATIONS] < 2.1
     saving = planned(seven(), "--gradient_checkpointing")
-    assert saving["backward"][ACTIVATIONS] < 0.7 * usual["backward"][ACTIVATIONS]  # of two layers one remains
+    assert saving[ACTIVATIONS] < 0.7 * usual[ACTIVATIONS]  # of two layers one remains
     # The trained layers' forward pass a second time but for the last product, the third of a layer that leads out of it.
     again = 4 * 2 * (2 * 1100 * (201_326_592 - 4096 * 16384) + 4 * 1100**2 * 4096)
     assert saving["backward FLOP"] - usual["backward FLOP"] == again
     single = planned(seven(), dtype=torch.float32)
-    assert single["always"]["frozen parameters"] == pytest.approx(2 * usual["always"]["frozen parameters"], rel=1e-2)
+    assert single["frozen parameters"] == pytest.approx(2 * usual["frozen parameters"], rel=1e-2)
     separate = planned(seven(), layout="separate")
     assert (separate["rows"], separate["length"]) == (2, 550)
     embeddings = planned(seven(), "--train_embeddings")
     assert embeddings["trained"] - usual["trained"] == 50400 * 4096
     assert embeddings["backward FLOP"] > 1.9 * usual["backward FLOP"]  # it crosses the frozen layers
     copies = planned(seven(), "--world_size", 8, "--shard_size", 2)
-    assert copies["sent"]["gradients summed over copies, fp32"] == 2 * 3 / 4 * 4 * usual["trained"] / 2
+    assert copies["gradients summed over copies, fp32"] == 2 * 3 / 4 * 4 * usual["trained"] / 2
     hosted = planned(seven(), "--world_size", 8, "--cpu_offload")
-    assert hosted["always"]["trained parameters, fp32"] == hosted["always"]["moments of AdamW, fp32"] == 0
-    assert hosted["host"] == (16 * usual["trained"] + 2 * usual["frozen"]) / 8 and not any(hosted["step"].values())
+    assert hosted["trained parameters, fp32"] == hosted["moments of AdamW, fp32"] == 0
+    assert (
+        hosted["parameters, gradients, moments"] == (16 * usual["trained"] + 2 * usual["frozen"]) / 8
+        and not hosted["gradients, fp32"]
+    )
     assert planned(seven(), "--freeze_ratio", 0)["frozen"] == 0
     head = planned(seven(), "--freeze_ratio", 1)
-    assert head["trained"] == 4096 and head["backward"][ACTIVATIONS] < usual["backward"][ACTIVATIONS]
+    assert head["trained"] == 4096 and head[ACTIVATIONS] < usual[ACTIVATIONS]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -117,7 +122,7 @@ def test_operations_are_those_of_the_matrices_and_attention_in_every_family(fami
     expected = 2 * rows * length * (matrices + 32) + 4 * rows * length**2 * 32 * 4
     assert found["forward FLOP"] == pytest.approx(expected, rel=0.02)  # rotary tables are products, too
     assert 0 < found["backward FLOP"] < 2.5 * found["forward FLOP"] / 2
-    assert found["backward"][ACTIVATIONS] > 0
+    assert found[ACTIVATIONS] > 0
 
 
 @pytest.mark.parametrize("family, micro_steps, checkpointing", [("gptj", 1, False), ("gpt2", 2, True)])

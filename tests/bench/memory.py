@@ -132,8 +132,8 @@ def expected(case: dict) -> dict:
     flags += ["--gradient_checkpointing"] if case["checkpointing"] else []
     args = train.parse_args([str(flag) for flag in [*flags, "--device", 1e6, 1, 1]])  # room for all that is frozen
     found = estimate(make_config(case["family"], case["width"], case["layers"]), args, torch.float32, "shared")
-    frozen, trained, moments = found["always"].values()
-    return {"frozen": frozen, "trained": trained, "moments": moments, "gradients": found["step"]["gradients, fp32"], "peak": found["peak"]}  # fmt: skip
+    frozen, trained, moments = found["parts"]["on a device, always"].values()
+    return {"frozen": frozen, "trained": trained, "moments": moments, "gradients": found["parts"]["in the optimizer's step"]["gradients, fp32"], "peak": found["peak"]}  # fmt: skip
 
 
 def main() -> None:

@@ -137,7 +137,8 @@ def main() -> None:
                 sent = [json.loads(path.read_text()) for path in run(world, steps, COUNT).glob("sent-*.json")]
                 totals.append({key: sum(of_rank[key] for of_rank in sent) / world for key in sent[0]})
             flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
-            found = estimate(config, train.parse_args(flags), torch.float32, "shared")["sent"]
+            found = estimate(config, train.parse_args(flags), torch.float32, "shared")["parts"]
+            found = found["sent by a device in a step"]
             planned = {
                 "gathered": sum(v for k, v in found.items() if "gathered" in k),
                 "reduced": found["gradients reduced, fp32"],
