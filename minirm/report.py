@@ -254,7 +254,7 @@ def profile_table(everyone: list[Counter[str]], steps: int) -> str:
     least = min(times["communication"] for times in everyone)
     lines = [f"{'process':<9}{'ms a step':>10}" + "".join(f"{name:>18}" for name in PROFILED)]
     for rank, times in enumerate(everyone):
-        times |= {"waiting": times["communication"] - least, "communication": least}
+        times["waiting"], times["communication"] = times["communication"] - least, least
         times[PROFILED[-1]] = max(0, times["whole"] - sum(times[name] for name in PROFILED[:-1]))
         shares = "".join(f"{times[name] / times['whole']:>18.1%}" for name in PROFILED)
         lines.append(f"{rank:<9}{times['whole'] / steps / 1000:>10.1f}{shares}")

@@ -8,6 +8,7 @@ more): prompt "p" + separator "|" + answers of 9 ("a b c d e") and 11 ("a b c d 
 import gzip
 import json
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import make_comparisons, make_model, make_tokenizer, write_jsonl
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
-from minirm.report import data_table, freeze_line, marked_pair, model_card, start_report
+from minirm.report import data_table, freeze_line, marked_pair, model_card, profile_table, start_report
 from minirm.rows import collate
 
 
@@ -267,6 +268,16 @@ def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     assert "apply_chat_template" in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
+
+
+def test_waiting_is_what_a_process_spends_in_collectives_beyond_the_one_that_spends_the_least():
+    slow = Counter({"whole": 4000.0, "matrix products": 3000.0, "communication": 400.0})
+    fast = Counter({"whole": 4000.0, "matrix products": 1000.0, "attention": 200.0, "communication": 2400.0})
+    _, *rows = profile_table([slow, fast], steps=2).splitlines()
+    assert [row.split() for row in rows] == [
+        ["0", "2.0", "75.0%", "0.0%", "0.0%", "10.0%", "0.0%", "15.0%"],
+        ["1", "2.0", "25.0%", "5.0%", "0.0%", "10.0%", "50.0%", "10.0%"],
+    ]
 
 
 def test_profile_writes_a_trace_for_every_process_and_one_table(server, model_folder, tmp_path):
