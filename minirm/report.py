@@ -16,7 +16,8 @@ from minirm.freeze import Frozen
 from minirm.rows import Batch
 
 # Flags that say nothing about the trained model.
-UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk"}
+UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
+          "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
 
 # README.md of a trained model; see model_card.
 CARD = """---
@@ -170,9 +171,7 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     Args: report: on the data; result: the evaluation of what is exported, a row of metrics.jsonl; output: the folder
     that has metrics.jsonl, and perhaps curves.png.
     """
-    said = [
-        (flag, value) for flag, value in sorted(vars(args).items()) if flag not in UNSAID and value not in (None, False)
-    ]
+    said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("eval_loss") is not None] or [result]  # null: not finite
     ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
