@@ -8,7 +8,8 @@ On the demo, and with the demo's model on ../shared/data/comparisons_{train,eval
 A seed stands for another order of the data and another head, not for other data or another model. Ratios take turns, so
 that a busy machine slows all of them, and every run has a process of its own.
 
-Stopped, it goes on with the same command: what is finished lies in --folder, and is taken if its flags are the same.
+Stopped by Ctrl-C, it shows the seeds that are complete, and goes on with the same command: what is finished lies in
+--folder, and is taken if its flags are the same.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -138,6 +140,10 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
                 )
             accuracy.plot(x, of["last"], "s:", color=COLORS[2], markersize=4, label="held-out, last evaluation")
             accuracy.plot(x, of["train"], "^--", color=COLORS[1], markersize=4, label="train, last epoch")
+            if (longer := rows[x[0] / 100]["longer"]) > 0.5:
+                accuracy.axhline(
+                    longer, color="black", linestyle=":", linewidth=1, label="the longer answer is the chosen one"
+                )
             accuracy.set(title=name, ylabel="share of pairs right")
             for key, style, color, label in (
                 ("seconds", "o-", COLORS[0], "time per pair"),
@@ -157,9 +163,9 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
                 ylim=(0, None),
                 xticks=x,
             )
-            if name == next(iter(sets)):
-                cost.legend()
-                figure.legend(*accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        panels[1, 0].legend()
+        labelled = {label: of for panel in panels[0] for of, label in zip(*panel.get_legend_handles_labels())}
+        figure.legend(labelled.values(), labelled, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -191,24 +197,32 @@ def main() -> None:
     sets = data_sets(flags)
     results: dict = {name: {ratio: [] for ratio in RATIOS} for name in sets}
     begin, before = time.perf_counter(), peak_memory([sys.executable, "-c", "import train"], cwd=ROOT)
-    for seed in range(args.seeds):
-        for name, of_set in sets.items():
-            for ratio in RATIOS:
-                folder = args.folder / name.replace(" ", "_") / f"ratio-{ratio}-seed-{seed}"
-                done = run(folder, [*of_set, "--freeze_ratio", str(ratio), "--seed", str(seed)], before)
-                results[name][ratio].append(done)
-                print(f"{name}, seed {seed}, {ratio:.0%} frozen: held-out {done['best']:.3f} after {done['best step']} steps, "
-                      f"{time.perf_counter() - begin:.0f} s so far", flush=True)  # fmt: skip
+    try:
+        for seed, (name, of_set), ratio in product(range(args.seeds), sets.items(), RATIOS):
+            folder = args.folder / name.replace(" ", "_") / f"ratio-{ratio}-seed-{seed}"
+            done = run(folder, [*of_set, "--freeze_ratio", str(ratio), "--seed", str(seed)], before)
+            results[name][ratio].append(done)
+            print(f"{name}, seed {seed}, {ratio:.0%} frozen: held-out {done['best']:.3f} after {done['best step']} steps, "
+                  f"{time.perf_counter() - begin:.0f} s so far", flush=True)  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on. Seeds with all ratios:")
+    for name in sets:
+        whole = min(map(len, results[name].values()))
+        results[name] = {ratio: of[:whole] for ratio, of in results[name].items()}
+        if not whole:
+            del results[name]
+    if not results:
+        return
     config = AutoConfig.from_pretrained(next(iter(sets.values()))[next(iter(sets.values())).index("--model") + 1])
     rows = {name: {ratio: summary(of) for ratio, of in by_ratio.items()} for name, by_ratio in results.items()}
     minutes = sum(of["took"] for by_ratio in results.values() for ofs in by_ratio.values() for of in ofs) / 60
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
-    counts = "; ".join(
-        f"{name}: {row[0.0]['epochs']:g} epoch(s), {row[0.0]['last step']:,} steps, {row[0.0]['eval pairs']} held-out pairs, of which the longer answer is the chosen one in {row[0.0]['longer']:.1%}"
-        for name, row in rows.items()
-    )
-    caption = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, {args.seeds} seeds, {device}, {minutes:.0f} minutes in all; {counts}"
-    text = f"{caption}\n\n{table(rows, config.num_hidden_layers)}"
+    counts = [
+        f"{name}: {len(row[0.0]['bests'])} seeds, {row[0.0]['epochs']:g} epochs, {row[0.0]['last step']:,} steps, "
+        f"{row[0.0]['eval pairs']} held-out pairs" for name, row in rows.items()
+    ]  # fmt: skip
+    layers = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
+    text = f"{layers}, {device}, {minutes:.0f} minutes in all; {'; '.join(counts)}\n\n{table(rows, config.num_hidden_layers)}"
     print(text)
     figure = picture(rows)
     figure.savefig(args.folder / "freeze_sweep.png", dpi=144)
