@@ -218,7 +218,7 @@ def main() -> None:
     minutes = sum(of["took"] for by_ratio in results.values() for ofs in by_ratio.values() for of in ofs) / 60
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     counts = [
-        f"{name}: {len(row[0.0]['bests'])} seeds, {row[0.0]['epochs']:g} epochs, {row[0.0]['last step']:,} steps, "
+        f"{name}: {len(row[0.0]['bests'])} seeds, {row[0.0]['epochs']:g} epoch(s), {row[0.0]['last step']:,} steps, "
         f"{row[0.0]['eval pairs']} held-out pairs" for name, row in rows.items()
     ]  # fmt: skip
     layers = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
