@@ -11,7 +11,7 @@ extra=""
 needs="import minirm, torch, transformers, datasets, safetensors, tqdm"
 if [ "${1:-}" = test ]; then
   extra="[test]"
-  needs="$needs, pytest"
+  needs="$needs, pytest, xdist"
 fi
 python=${PYTHON:-$(command -v python3 || command -v python)}
 # The environment that is active, if it has what is needed; else .venv beside this file, made and filled once.
@@ -28,7 +28,7 @@ fi
 
 if [ "${1:-}" = test ]; then
   shift
-  exec "$python" -m pytest -q tests "$@"
+  exec "$python" -m pytest -q -n 2 --dist worksteal tests "$@"
 fi
 if [ -z "${NNODES:-}" ] && [ -n "${SLURM_NODEID:-}" ]; then
   NNODES=${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}

@@ -10,7 +10,7 @@ setup(
     # Tested ranges: newer versions may work, but nobody has looked.
     install_requires=["torch>=2.11,<2.14", "transformers>=5.17,<6", "datasets>=4", "safetensors", "tqdm"],
     extras_require={
-        "test": ["pytest>=8", "ruff==0.17.6", "matplotlib"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "matplotlib"],
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
