@@ -23,7 +23,18 @@ def recipe():
 
 def test_every_flag_in_readme_is_one_of_train_py_or_of_a_command_that_is_named(recipe):
     # torchrun's, srun's, minirm.score's, and of tests/bench
-    others = {"nproc_per_node", "max_restarts", "ntasks", "data", "output", "kills", "write", "seeds", "threads"}
+    others = {
+        "nproc_per_node",
+        "max_restarts",
+        "ntasks",
+        "data",
+        "output",
+        "kills",
+        "write",
+        "seeds",
+        "threads",
+        "rounds",
+    }
     flags = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert flags - set(recipe) - others == set()
     assert {"train_data", "eval_data", "output_dir", "loss"} <= flags
@@ -44,7 +55,7 @@ def test_the_numbers_of_the_recipe_are_the_defaults(recipe):
     stated = {
         r"learning rate ([\d.e-]+),": recipe["learning_rate"],
         r"([\d.]+) accumulation steps": recipe["gradient_accumulation_steps"],
-        r"([\d.]+) epochs,": recipe["num_train_epochs"],
+        r"([\d.]+) epochs, \d+ warm-up": recipe["num_train_epochs"],
         r"([\d.]+) warm-up steps": recipe["warmup_steps"],
         r"[Bb]ottom ([\d.]+) % of the layers": recipe["freeze_ratio"] * 100,
         r"--max_length` \((\d+) tokens\)": recipe["max_length"],
