@@ -335,7 +335,7 @@ def train(args: argparse.Namespace) -> None:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
         losses = []
         for m, micro_step in enumerate(micro_steps):
-            model.set_requires_gradient_sync(m == len(micro_steps) - 1)
+            shard.begin_micro_step(model, last=m == len(micro_steps) - 1)
             batch, rewards, pair_losses = compute("train", micro_step[rank])
             weight = [weights[g] / pairs["train"][g] for g in micro_step[rank] for _ in range(pairs["train"][g])]
             weight = torch.tensor(weight).to(device, non_blocking=True)  # [P]; a plain copy would wait for the GPU

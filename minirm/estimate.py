@@ -23,7 +23,7 @@ from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.demo import use_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel, load_config
-from minirm.shard import DTYPES, FROZEN_SHARE, checkpoint_trained_blocks
+from minirm.shard import DTYPES, FROZEN_SHARE, TRAINED_SHARE, checkpoint_trained_blocks
 from minirm.sources import InputError, one_line
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
@@ -155,6 +155,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     buffers = sum(b.nbytes for b in model.buffers())
     meter, forward = micro_step(model, rows, length, computed, layout, 0 if summed or offload else 4 / shards)
     on_device = 0 if offload else share
+    once = not offload and (shards == 1 or trained * number <= TRAINED_SHARE * args.device[0] * 1e9)
     gathers = micro_steps * (1 - 1 / shards) * number
     parts = {  # bytes
         "on a device, always": {
@@ -164,9 +165,9 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         },
         "in backward": {
             "whole gradients of earlier micro-steps, fp32": summed,
-            # One device keeps its copy in the compute precision through forward. Several gather a unit while the one
-            # before is in use; gradients of a unit come in the compute precision and are reduced in fp32.
-            "trained parameters, gathered": 2 * unit * number if shards > 1 or offload else trained * number,
+            # Kept through the step where there is room, else a unit is gathered while the one before is in use; gradients
+            # of a unit come in the compute precision and are reduced in fp32.
+            "trained parameters, gathered": trained * number if once else 2 * unit * number,
             "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
             "gradients on their way": unit * (number + 4),
             "activations, gradients of a lone micro-step": meter.peak,
@@ -174,7 +175,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         "in the optimizer's step": {"gradients, fp32": on_device, "AdamW at work, fp32": on_device},
         "in host memory, a process": {"parameters, gradients, moments": 4 * share + frozen_shard if offload else 0},
         "sent by a device in a step": {
-            "trained units gathered, forward and backward": 2 * gathers * trained,
+            "trained units gathered": (gathers / micro_steps if once else 2 * gathers) * trained,
             "frozen units gathered": 0 if stay else gathers * frozen,
             "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
             "gradients summed over copies, fp32": 2 * share * (1 - shards / world),

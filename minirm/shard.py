@@ -30,6 +30,8 @@ START_TIMEOUT = timedelta(hours=24)  # the same while one rank prepares the data
 # Frozen parameters need no gradient and no optimizer, so every rank can keep them whole as long as they take less than
 # this share of its device: nothing is sent for them then, ever.
 FROZEN_SHARE = 0.4
+# Trained ones that take less than this, in the compute precision, are gathered once a step, not twice a micro-step.
+TRAINED_SHARE = 0.1
 
 
 def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
@@ -157,7 +159,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     alone = mesh.shape[-1] == 1
     stay = (alone and not offload) or sum(p.numel() * p.element_size() for p in frozen) <= frozen_share * memory
     ignored = frozen if alone and stay else set()
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": offload or not alone, "ignored_params": ignored}
+    size = sum(p.numel() * dtype.itemsize for p in model.parameters() if p.requires_grad)
+    once = not offload and (alone or size <= TRAINED_SHARE * memory)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not once, "ignored_params": ignored}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     blocks = [block for block in find_blocks(model)[1] if not ignored.issuperset(block.parameters())]
@@ -172,11 +176,21 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         else:  # gathered once and kept, where there is room: these never change
             fully_shard(unit, mp_policy=plain, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
+    for unit in (*blocks, *others, model.score, model):
+        unit.gathered_once = once and not frozen.issuperset(unit.parameters())
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
     fully_shard(model.score, mp_policy=plain, **options)
     fully_shard(model, mp_policy=policy, **options)  # the rest: the final norm
     return stay
+
+
+def begin_micro_step(model: nn.Module, last: bool) -> None:
+    """Only after the last one gradients are exchanged, and trained parameters that are gathered once a step let go."""
+    model.set_requires_gradient_sync(last)
+    for unit in model.modules():
+        if getattr(unit, "gathered_once", False):
+            unit.set_reshard_after_backward(last, recurse=False)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ one row of 2 x 550 = 1100 tokens.
     forward      a micro-step: 2 x 1100 x (28 matrices + head), attention 4 x 1100^2 x 4096 x 28 layers: 12.9568e12 FLOP
     backward     8 layers, twice that of their matrices and head; attention 2.5 times, since it computes its products
                  anew: 8 x 2 x 2 x 1100 x 201,326,592 + 2 x 2 x 1100 x 4096 + 8 x 10 x 1100^2 x 4096 = 7.4832e12 FLOP
-    sent by one of S that share a copy: (S - 1)/S of 2 bytes, twice a micro-step, and of 4 bytes once a step;
+    sent by one of S that share a copy: (S - 1)/S of 2 bytes and of 4 bytes, once a step;
                  between R copies 2 (R - 1)/R of its fp32 gradients, 4 bytes x trained / S
 """
 
@@ -61,7 +61,7 @@ def test_gpt_j_6b_takes_what_is_counted_by_hand(devices, shards, copies):
     assert found["frozen parameters"] == pytest.approx(weights + 28 * 2048 * 64 * 4, rel=1e-3)
     assert list(found["parts"][SENT].values()) == pytest.approx(
         [
-            2 * 4 * 2 * TRAINED * (1 - 1 / shards),  # twice in 4 micro-steps, of 2 bytes
+            2 * TRAINED * (1 - 1 / shards),  # once a step, of 2 bytes
             0,
             4 * TRAINED * (1 - 1 / shards),
             2 * (1 - 1 / copies) * 4 * TRAINED / shards,
