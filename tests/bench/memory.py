@@ -47,7 +47,7 @@ def child(case: dict) -> None:
     from minirm.attention import attention_mask, use_sdpa
     from minirm.freeze import freeze_bottom_layers
     from minirm.model import empty_model
-    from minirm.shard import cast_frozen, checkpoint_trained_blocks, shard, start_processes
+    from minirm.shard import begin_micro_step, cast_frozen, checkpoint_trained_blocks, shard, start_processes
 
     torch.set_num_threads(1)
     device, mesh = start_processes()
@@ -78,7 +78,7 @@ def child(case: dict) -> None:
     ids = torch.randint(1, 8000, answers.shape)
     for _ in range(2):  # the first one makes the moments
         for micro_step in range(case["accumulation"]):
-            model.set_requires_gradient_sync(micro_step == case["accumulation"] - 1)
+            begin_micro_step(model, last=micro_step == case["accumulation"] - 1)
             mask = attention_mask(answers, places, answers > 0, model.trunk.config, torch.float32)
             model(ids, mask, places).sum().backward()
         found["gradients"] = size(p.grad for p in trained)
