@@ -177,7 +177,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
             fully_shard(unit, mp_policy=plain, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
     for unit in (*blocks, *others, model.score, model):
-        unit.gathered_once = once and not frozen.issuperset(unit.parameters())
+        unit.gathered_once = once and any(p.requires_grad for p in unit.parameters())
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
     fully_shard(model.score, mp_policy=plain, **options)

@@ -45,6 +45,34 @@ def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute
         assert torch.equal(tensor, wanted.float()), name
 
 
+COUNT = """
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as units
+count, gather, begin = [], units.foreach_all_gather, train.shard.begin_micro_step
+def counted(*args, **options):
+    count.append(1)
+    return gather(*args, **options)
+def shown(model, last):
+    if rank == 0:
+        print("\\ngathered so far:", len(count), flush=True)
+    begin(model, last)
+units.foreach_all_gather, train.shard.begin_micro_step = counted, shown
+"""
+
+
+def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, model_folder, tmp_path):
+    """Four layers, three of them frozen: with the embeddings 4 frozen units; a block, the head and the norm are trained.
+
+    The evaluation at step 0 gathers all 7, which the first step still has; each later step of 2 micro-steps gathers 3.
+    """
+    data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(30))
+    flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 3]
+    flags += ["--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "run"]
+    run = server.run(*flags, world=2, patch=COUNT)
+    assert run.codes == [0, 0], run.text()[-3000:]
+    shown = [int(line.split()[-1]) for line in run.text().splitlines() if line.startswith("gathered so far")]
+    assert shown == [7, 7, 7, 10, 10, 13]
+
+
 def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(server, model_folder, tmp_path):
     """frozen_share=0 leaves no memory for whole frozen parameters. Two processes, fp32 and bf16, equal to the bit."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
