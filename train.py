@@ -5,7 +5,6 @@ minirm/. With no flags it trains a tiny model on embedded data, in minutes, on a
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from minirm import checkpoint, shard
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.checkpoint import Stop
-from minirm.data import prepare, totals
+from minirm.data import prepare, totals, unescaped
 from minirm.demo import DEMO_DEFAULTS, use_demo
 from minirm.estimate import show_plan
 from minirm.freeze import find_blocks, freeze_bottom_layers
@@ -38,7 +37,7 @@ from minirm.plot import open_trackers, save_curves
 from minirm.report import model_card, profiler, start_report
 from minirm.rows import Batch, collate
 from minirm.shard import DTYPES
-from minirm.sources import InputError, one_line
+from minirm.sources import InputError, Parser, as_json, one_line
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
@@ -48,11 +47,6 @@ def print0(line: str) -> None:
     """On the first process, to stderr, and not into the middle of a progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
-        raise InputError(message)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_data", nargs="+", default=[],
         help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
-    add("--separator", default=r"\n", type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),
+    add("--separator", default=r"\n", type=unescaped,
         help="put between prompt and answer, unless whitespace already stands there")
     add("--chat_template", help="Jinja file for data made of messages; off: the tokenizer's own")
     add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
@@ -295,9 +289,9 @@ def train(args: argparse.Namespace) -> None:
         return {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)}
 
     def log(row: dict) -> None:
-        """One line of metrics.jsonl, on rank 0. What is not finite becomes null, so that every line is JSON."""
+        """One line of metrics.jsonl, on rank 0."""
         if rank == 0:
-            line = json.dumps(json.loads(json.dumps(row), parse_constant=lambda _: None)) + "\n"
+            line = as_json(row) + "\n"
             with checkpoint.writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
                 file.write(line)
             trackers[0](row)

@@ -153,7 +153,7 @@ def shake(model):
 
 def small_batch(texts, row_layout):
     """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
-    rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
+    rest = {"chosen": [], "rejected": [], "margin": []}
     groups = [{"prefix": prefix, "completions": completions, **rest} for prefix, completions in texts]
     return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
 

@@ -135,6 +135,11 @@ def render(tokenizer, messages: schemas.Messages, where: str) -> str:
         raise InputError(f"{where}: the chat template refuses these messages ({one_line(error)})") from None
 
 
+def unescaped(text: str) -> str:
+    r"""A separator as it is typed on a command line, with \n and \t."""
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 def join(prompt: str, answer: str, separator: str) -> str:
     """Prompt and answer as one text, the separator between them unless whitespace already stands there."""
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():

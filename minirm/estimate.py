@@ -23,7 +23,7 @@ from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.demo import use_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel, load_config
-from minirm.shard import DTYPES, FROZEN_SHARE, TRAINED_SHARE, checkpoint_trained_blocks
+from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
 from minirm.sources import InputError, one_line
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
@@ -147,7 +147,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     units = [count(block) for block in blocks]
     unit = max(*units, trained - sum(units))  # what FSDP gathers and reduces at a time; the rest is one, too
     frozen_unit = max(count(block, trained=False) for block in blocks)
-    stay = (shards == 1 and not offload) or frozen * number <= FROZEN_SHARE * args.device[0] * 1e9
+    stay, once = what_stays(frozen * number, trained * number, args.device[0] * 1e9, shards == 1, offload)
     frozen_shard = 0 if shards == 1 and stay else frozen * number / shards  # that FSDP gathers the whole from
     share = 4 * trained / shards  # bytes of a number in fp32 for each trained parameter of a device
     # Without a sync FSDP sums up whole gradients: all of them are there when the last micro-step begins.
@@ -155,7 +155,6 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     buffers = sum(b.nbytes for b in model.buffers())
     meter, forward = micro_step(model, rows, length, computed, layout, 0 if summed or offload else 4 / shards)
     on_device = 0 if offload else share
-    once = not offload and (shards == 1 or trained * number <= TRAINED_SHARE * args.device[0] * 1e9)
     gathers = micro_steps * (1 - 1 / shards) * number
     parts = {  # bytes
         "on a device, always": {

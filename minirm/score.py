@@ -6,7 +6,6 @@ those that are a decoder and a linear head, completions of a prompt are computed
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -27,25 +26,24 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.data import Texts, by_prompt, set_chat_template, store, tokenise
+from minirm.data import Texts, by_prompt, set_chat_template, store, tokenise, unescaped
 from minirm.measure import agreement, by_name, calibration
 from minirm.rows import collate
 from minirm.shard import DTYPES
-from minirm.sources import InputError, fingerprint, one_line
+from minirm.sources import InputError, Parser, as_json, fingerprint, one_line
 
 WORTH_SHARING = 0.9  # of the tokens: a row of several completions needs a mask, which costs as much as it saves
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m minirm.score", description=__doc__, formatter_class=raw)
-    parser.error = _refuse  # argparse prints the whole usage; one line says what is wrong
+    parser = Parser("python -m minirm.score", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("--model", required=True, help="name or folder of a reward model")
     add("--data", required=True, nargs="+", help="files or datasets as for --train_data of train.py, or with completions to rank")
     add("--output", type=Path, help="file for the scores, one JSON object for each row of the data, in its order")
-    add("--separator", type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),
+    add("--separator", type=unescaped,
         help="between prompt and answer; default: what the model was trained with, else a line break")
     add("--chat_template", help="Jinja file, for messages; default: the model's own")
     add("--max_length", type=int, help="tokens; default: what the model was trained with, else its positions")
@@ -53,10 +51,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: as the weights are stored on CUDA, fp32 on CPU")
     # fmt: on
     return parser.parse_args(argv)
-
-
-def _refuse(message: str) -> None:
-    raise InputError(message)
 
 
 def load(name: str, dtype) -> tuple:
@@ -189,10 +183,6 @@ def table(result: dict) -> str:
         best = "best of n: {reward_mean:.4f} on average, of {prompts:,} rows with {completions:,}"
         lines.append(best.format_map(result["best_of_n"]))
     return "\n".join(lines)
-
-
-def as_json(value: dict) -> str:
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))  # what is not finite becomes null
 
 
 def run(args: argparse.Namespace) -> dict:

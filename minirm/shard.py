@@ -157,10 +157,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A process that has a copy of its own has nothing to gather, so it need not throw gathered parameters away either.
     alone = mesh.shape[-1] == 1
-    stay = (alone and not offload) or sum(p.numel() * p.element_size() for p in frozen) <= frozen_share * memory
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (False, True)]
+    stay, once = what_stays(*(n * dtype.itemsize for n in counts), memory, alone, offload, frozen_share)
     ignored = frozen if alone and stay else set()
-    size = sum(p.numel() * dtype.itemsize for p in model.parameters() if p.requires_grad)
-    once = not offload and (alone or size <= TRAINED_SHARE * memory)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not once, "ignored_params": ignored}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
@@ -176,21 +175,31 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         else:  # gathered once and kept, where there is room: these never change
             fully_shard(unit, mp_policy=plain, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
-    for unit in (*blocks, *others, model.score, model):
-        unit.gathered_once = once and any(p.requires_grad for p in unit.parameters())
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
     fully_shard(model.score, mp_policy=plain, **options)
     fully_shard(model, mp_policy=policy, **options)  # the rest: the final norm
+    units = (*blocks, *others, model.score, model) if once else ()
+    model.gathered_once = [unit for unit in units if any(p.requires_grad for p in unit.parameters())]
     return stay
+
+
+def what_stays(
+    frozen: int, trained: int, memory: float, alone: bool, offload: bool, frozen_share=FROZEN_SHARE
+) -> tuple:
+    """Whether frozen parameters stay gathered for good, and trained ones for a step: bools.
+
+    frozen, trained: bytes of all of them in the compute precision; memory: bytes of a device; alone: no shards.
+    """
+    stay = (alone and not offload) or frozen <= frozen_share * memory
+    return stay, not offload and (alone or trained <= TRAINED_SHARE * memory)
 
 
 def begin_micro_step(model: nn.Module, last: bool) -> None:
     """Only after the last one gradients are exchanged, and trained parameters that are gathered once a step let go."""
     model.set_requires_gradient_sync(last)
-    for unit in model.modules():
-        if getattr(unit, "gathered_once", False):
-            unit.set_reshard_after_backward(last, recurse=False)
+    for unit in model.gathered_once:
+        unit.set_reshard_after_backward(last, recurse=False)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Rows out of files and datasets, each with the place where it stands, and errors that name it."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -15,6 +16,11 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
+        raise InputError(message)
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
@@ -151,6 +157,11 @@ def file_digest(path: Path) -> str:
 def one_line(error: Exception | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def as_json(value: dict) -> str:
+    """On one line. What is not finite becomes null: nan and inf are not JSON."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def shown(value: Any) -> str:
