@@ -56,8 +56,10 @@ def make_plan(
         for i in range(0, len(groups), per_step):
             step = groups[i : i + per_step]
             micro_steps = [step[j : j + per_micro_step] for j in range(0, len(step), per_micro_step)]
-            # Dealt out like cards: in a short micro-step no rank has two groups while another has none.
+            # Dealt out like cards: in a short micro-step no rank has two groups while another has none. There and back,
+            # so that no rank gets the longest of every micro-step and the others wait for it.
             dealt = [[micro[rank::world_size] for rank in range(world_size)] for micro in micro_steps]
+            dealt[1::2] = [of_rank[::-1] for of_rank in dealt[1::2]]
             steps.append(Step(dealt, sum(weights[g] for g in step)))
     if shuffle:
         steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]

@@ -149,7 +149,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     and trained parameters, since those differ in precision. offload: shards, gradients and optimizer in host memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    plain = MixedPrecisionPolicy()  # frozen units are stored in the compute precision, the head computes in fp32
+    plain = MixedPrecisionPolicy()  # frozen units are stored in the compute precision; the rest stays fp32
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
@@ -164,11 +164,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     blocks = [block for block in find_blocks(model)[1] if not ignored.issuperset(block.parameters())]
-    # Embeddings and the like: what is frozen outside the blocks is a unit of its own.
+    # Embeddings, and what else is frozen outside the blocks, are units of their own.
     inside = {p for block in find_blocks(model)[1] for p in block.parameters()} | ignored
-    others = [
-        m for m in model.modules() if frozen & {*m.parameters(recurse=False)} and inside.isdisjoint(m.parameters())
-    ]
+    outside = [m for m in model.modules() if [*m.parameters(recurse=False)] and inside.isdisjoint(m.parameters())]
+    others = [m for m in outside if isinstance(m, nn.Embedding) or frozen & {*m.parameters(recurse=False)}]
     for unit in blocks + others:
         if not frozen.issuperset(unit.parameters()):
             fully_shard(unit, mp_policy=policy, **options)
@@ -177,11 +176,25 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
             unit.set_reshard_after_backward(not stay)
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
-    fully_shard(model.score, mp_policy=plain, **options)
-    fully_shard(model, mp_policy=policy, **options)  # the rest: the final norm
-    units = (*blocks, *others, model.score, model) if once else ()
-    model.gathered_once = [unit for unit in units if any(p.requires_grad for p in unit.parameters())]
+    fully_shard(model, mp_policy=plain, **options)  # the rest: the final norm and the head
+    trained = [m for m in (*blocks, *others, model) if any(p.requires_grad for p in m.parameters())]
+    if mesh.device_type == "cpu":
+        for unit in trained:
+            unit.set_custom_reduce_scatter(HostReduceScatter())
+    model.gathered_once = trained if once else []
     return stay
+
+
+class HostReduceScatter:
+    """Gradients averaged over processes without GPUs. Gloo's own averages all of them everywhere, to keep a share of that."""
+
+    allocate = staticmethod(torch.empty)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False) -> None:
+        assert op == dist.ReduceOp.AVG, f"FSDP wants {op} of gradients, not their mean"
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        torch.mean(parts.view(group.size(), -1), dim=0, out=output_tensor)
 
 
 def what_stays(

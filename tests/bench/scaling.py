@@ -5,9 +5,11 @@
 The real train.py, every process pinned to a core of its own with one thread, every one with 4 prompts a step of which
 70 % of the layers are frozen. Numbers of processes take turns. Run it when nothing else runs: the load is printed.
 
-Bytes are those that a ring sends for the calls that are made, of a step: (n - 1)/n of what is gathered or scattered,
-twice that of what is summed. They are to equal those of `train.py --plan`. Gloo itself makes a sum of every scattered
-sum, so that on the CPU more goes over the wire; NCCL does not.
+"of one" compares with a process alone on the machine, "of apart" with as many at the same time that know nothing of each
+other: the difference between the two is what busy cores take from each other, memory and clock, whatever they compute.
+
+Bytes are those that a ring sends for the calls that are made, of a step: (n - 1)/n of what is gathered or scattered.
+They are to equal those of `train.py --plan`.
 """
 
 import argparse
@@ -27,7 +29,7 @@ COUNT = """
 import json, os
 from torch.utils._python_dispatch import TorchDispatchMode
 sent = {"gathered": 0.0, "reduced": 0.0}
-kinds = {"c10d::_allgather_base_": ("gathered", 0), "c10d::_reduce_scatter_base_": ("reduced", 1)}
+kinds = {"c10d::_allgather_base_": ("gathered", 0), "c10d::alltoall_base_": ("reduced", 1)}
 class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() in kinds:
@@ -78,63 +80,53 @@ def main() -> None:
     count = 4 * max(args.processes) * (args.steps + 1)
     data = [{"prompt": f"{i} {text(300)}", "chosen": text(34), "rejected": text(34) + " x"} for i in range(count)]
     train_data, eval_data = write_jsonl(folder / "train.jsonl", data), write_jsonl(folder / "eval.jsonl", data[:2])
-    server, logs = Server(folder), []
+    server = Server(folder)
 
-    def run(world: int, steps: int, patch: str, *more) -> Path:
-        output = folder / f"{world}-{steps}-{len(list(folder.iterdir()))}"
-        flags = [
-            "--model",
-            folder / "model",
-            "--train_data",
-            train_data,
-            "--eval_data",
-            eval_data,
-            "--output_dir",
-            output,
-        ]
-        flags += [
-            "--max_steps",
-            steps,
-            "--logging_steps",
-            args.steps,
-            "--eval_steps",
-            0,
-            "--save_steps",
-            0,
-            "--precision",
-            "fp32",
-        ]
-        finished = server.run(*flags, *more, world=world, patch=patch, timeout=500)
-        logs.append(finished)
-        assert finished.codes == [0] * world, finished.text()[-3000:]
+    fixed = ["--model", folder / "model", "--train_data", train_data, "--eval_data", eval_data]
+    fixed += ["--logging_steps", args.steps, "--eval_steps", 0, "--save_steps", 0, "--precision", "fp32"]
+
+    def start(world: int, steps: int, patch: str, *more) -> tuple:
+        output = folder / f"{world}-{steps}-{server.count}"
+        flags = [*fixed, "--output_dir", output, "--max_steps", steps, *more]
+        return server.start(*flags, world=world, patch=patch), output
+
+    def end(run, output: Path) -> Path:
+        assert not any(run.wait(500)), run.text()[-3000:]
         return output
 
+    def rate(output: Path) -> float:
+        """Pairs per second. The first row is warmed up in: of two rows the second counts."""
+        return [row for row in read_metrics(output) if "pairs_per_second" in row][-1]["pairs_per_second"]
+
     cores = sorted(os.sched_getaffinity(0))
-    pin = f"import os, torch; os.sched_setaffinity(0, {{{cores}[rank % {len(cores)}]}}); torch.set_num_threads(1)"
+    pin = f"import os, torch; os.sched_setaffinity(0, {{{cores}[(rank + FIRST) % {len(cores)}]}}); torch.set_num_threads(1)"
     print(
         f"gptj, {args.layers} layers of width {args.width}, 4 prompts a step and process, fp32, {len(cores)} cores; load {os.getloadavg()}"
     )
-    rates: dict[int, list[float]] = {world: [] for world in args.processes}
+    rates: dict[tuple, list[float]] = {(world, way): [] for world in args.processes for way in ("together", "apart")}
     try:
         for _ in range(args.repeat):
             for world in args.processes:
-                # The first row is warmed up in: of two rows the second counts.
-                output = run(world, 2 * args.steps, pin)
-                rows = [row for row in read_metrics(output) if "pairs_per_second" in row]
-                rates[world].append(rows[-1]["pairs_per_second"] / world)
-                shutil.rmtree(output)
-        base = statistics.median(rates[args.processes[0]])
-        print(
-            f"load afterwards {os.getloadavg()}\n{'processes':>9}{'pairs/s each':>14}{'from':>8}{'to':>8}{'ratio':>8}"
-        )
-        for world, values in rates.items():
-            median = statistics.median(values)
-            print(f"{world:>9}{median:>14.2f}{min(values):>8.2f}{max(values):>8.2f}{median / base:>8.3f}")
+                output = end(*start(world, 2 * args.steps, pin.replace("FIRST", "0")))
+                rates[world, "together"].append(rate(output) / world)
+                runs = [start(1, 2 * args.steps, pin.replace("FIRST", str(first))) for first in range(world)]
+                rates[world, "apart"].append(statistics.mean([rate(end(*run)) for run in runs]))
+        middle = {key: statistics.median(values) for key, values in rates.items()}
+        base = middle[args.processes[0], "apart"]
+        print(f"load afterwards {os.getloadavg()}; pairs per second and process:")
+        print(f"{'processes':>9}{'together':>12}{'from':>8}{'to':>8}{'apart':>12}{'of one':>8}{'of apart':>10}")
+        for world in args.processes:
+            values, mine = rates[world, "together"], middle[world, "together"]
+            print(
+                f"{world:>9}{mine:>12.2f}{min(values):>8.2f}{max(values):>8.2f}{middle[world, 'apart']:>12.2f}", end=""
+            )
+            print(f"{mine / base:>8.3f}{mine / middle[world, 'apart']:>10.3f}")
         print(f"{'processes':>9}{'':>12}{'MB a step counted':>20}{'planned':>10}")
         for world in [world for world in args.processes if world > 1]:
             totals = []
             for steps in (2, 4):  # evaluations gather as well: the difference is two steps
-                sent = [json.loads(path.read_text()) for path in run(world, steps, COUNT).glob("sent-*.json")]
+                output = end(*start(world, steps, COUNT))
+                sent = [json.loads(path.read_text()) for path in output.glob("sent-*.json")]
                 totals.append({key: sum(of_rank[key] for of_rank in sent) / world for key in sent[0]})
             flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
             found = estimate(config, train.parse_args(flags), torch.float32, "shared")["parts"]
@@ -146,8 +138,9 @@ def main() -> None:
             for key, value in planned.items():
                 counted = (totals[1][key] - totals[0][key]) / 2
                 print(f"{world:>9}{key:>12}{counted / 1e6:>20.3f}{value / 1e6:>10.3f}")
-        run(max(args.processes), 6, pin, "--profile", 3)
-        print("\n" + re.search(r"3 steps profiled.*(\n(process|\d).*)+", logs[-1].text())[0])
+        last = start(max(args.processes), 6, pin.replace("FIRST", "0"), "--profile", 3)
+        end(*last)
+        print("\n" + re.search(r"3 steps profiled.*(\n(process|\d).*)+", last[0].text())[0])
     finally:
         server.close()
         shutil.rmtree(folder)
