@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from minirm.data import Prepared, tokenizer_state
 from minirm.shard import on_first_process
-from minirm.sources import InputError, file_digest, one_line
+from minirm.sources import InputError, file_digest, one_line, refusing
 
 STATE, SUMS, RUN, METRICS = "checkpoint.json", "SHA256SUMS", "run.json", "metrics.jsonl"
 PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
@@ -86,8 +86,9 @@ def checkpoints(output: Path) -> dict[int, Path]:
 def check_output(output: Path, choice: str) -> None:
     """Raises InputError if the output folder cannot be this run's, before any data is read. Makes nothing."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--output_dir {output}: {there} is not a folder that can be written; choose another one")
+    what = f"--output_dir {output}: {there} is not a folder that can be written"
+    with refusing(what, OSError, "; choose another one"):
+        tempfile.TemporaryFile(dir=there).close()
     if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
         return
     if not (output / RUN).exists() and not checkpoints(output):
@@ -101,13 +102,8 @@ def check_output(output: Path, choice: str) -> None:
 
 def hold(output: Path) -> None:
     """Makes the folder, and locks it until this process ends or holds another one."""
-    try:
+    with refusing(f"--output_dir {output}: cannot be made", OSError, "; choose another folder"):
         output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {output}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
     while _held:
         os.close(_held.pop())
     _held.append(os.open(output, os.O_RDONLY))

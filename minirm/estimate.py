@@ -24,7 +24,7 @@ from minirm.demo import use_demo
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel, load_config
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
-from minirm.sources import InputError, one_line
+from minirm.sources import InputError, refusing
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
@@ -38,19 +38,8 @@ FLOPS = flop_registry | {  # and what it lacks, experts and the CPU's attention
 }
 # What CUDA's autocast computes, and keeps, in fp32, and the CPU's does not: of the list in
 # https://docs.pytorch.org/docs/stable/amp.html what decoders use.
-FP32 = {
-    "pow",
-    "__pow__",
-    "__rpow__",
-    "exp",
-    "rsqrt",
-    "reciprocal",
-    "sum",
-    "cumsum",
-    "softmax",
-    "layer_norm",
-    "softplus",
-}
+FP32 = {"pow", "__pow__", "__rpow__", "exp", "rsqrt", "reciprocal", "sum", "cumsum", "softmax", "layer_norm",
+        "softplus"}  # fmt: skip
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -230,8 +219,6 @@ def show_plan(args: Namespace) -> None:
     use_demo(args)
     config, _ = load_config(args.model, args.chat_template)
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
-    try:
+    with refusing(f"--model {args.model}: cannot be planned", (ValueError, RuntimeError)):  # experts in fp32
         found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
-    except (ValueError, RuntimeError) as error:  # experts in fp32
-        raise InputError(f"--model {args.model}: cannot be planned ({one_line(error)})") from None
     print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")

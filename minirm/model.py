@@ -13,16 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
+from transformers.models.auto import modeling_auto as auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from minirm.data import set_chat_template
-from minirm.sources import InputError, one_line
+from minirm.sources import InputError, refusing
 
 PAD_TOKEN = "<|pad|>"  # added where the tokenizer has no pad token of its own
 SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -70,37 +66,30 @@ def load_config(name: str, chat_template: str | None = None):
     chat_template: a file, in place of the tokenizer's own.
     Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
     """
-    try:
+    # Errors here are of many kinds: huggingface_hub's, each tokenizer's, whatever a wrong number in a config leads to.
+    with refusing(f"--model {name}: no such model folder or name, or not one for transformers"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # False: else it asks on the terminal
-    except Exception as error:  # noqa: BLE001 - of many kinds, huggingface_hub's among them
-        raise InputError(
-            f"--model {name}: no such model folder or name, or not one for transformers ({one_line(error)})"
-        )
     kind = type(config)
-    if config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING:
+    causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
+    if config.is_encoder_decoder or not causal:
         raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(
             f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing could "
             "load the trained reward model; choose another model family"
         )
     if config.get_text_config() is not config:
         raise InputError(f"--model {name}: {config.model_type} is more than a language model; give its text model")
-    theirs = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
-    try:
-        with torch.device("meta"):
-            names = theirs._from_config(copy.deepcopy(config)).state_dict()
-    except Exception as error:  # noqa: BLE001 - whatever a wrong number leads to
-        raise InputError(f"--model {name}: transformers cannot make a model of its config.json ({one_line(error)})")
+    theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
+    with refusing(f"--model {name}: transformers cannot make a model of its config.json"), torch.device("meta"):
+        names = theirs._from_config(copy.deepcopy(config)).state_dict()
     if heads := {n for n in names if not n.startswith(theirs.base_model_prefix + ".")} - {"score.weight"}:
         raise InputError(
             f"--model {name}: {theirs.__name__} is more than a linear head on the last token ({', '.join(sorted(heads))}), "
             "so it could not load the trained reward model; choose another model family"
         )
-    try:
+    with refusing(f"--model {name}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - each kind of tokenizer has its own
-        raise InputError(f"--model {name}: its tokenizer cannot be loaded ({one_line(error)})")
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, at which the reward is read; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -191,15 +180,13 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
     be loaded, are missing from the checkpoint, or are in it and have no place in the model.
     """
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
-    cls, lm = AutoModel, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls, lm = AutoModel, auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     elif stored.get_text_config().tie_word_embeddings:  # the embeddings may be stored as those of the output
         cls = lm
-    try:
+    with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
         model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
-    except Exception as error:  # noqa: BLE001 - no weights there, half a file, other shapes than in config.json
-        raise InputError(f"--model {name}: its weights cannot be loaded ({one_line(error)})") from None
     trunk = model.base_model
     missing = sorted(
         key for key in info["missing_keys"] if cls is not lm or key.startswith(f"{trunk.base_model_prefix}.")
@@ -246,7 +233,7 @@ def export(
         notes: more entries for config.json.
         max_shard_size: of one file of weights; if they need several, there is an index beside them.
     """
-    cls = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     config = copy.deepcopy(config)
     config.update(notes or {})
     with torch.device("meta"):

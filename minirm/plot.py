@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from minirm.sources import InputError, one_line
+from minirm.sources import InputError, one_line, refusing
 
 # Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -30,10 +30,8 @@ def read_rows(run: Path) -> list[dict]:
     Raises InputError if `run` is not the folder of a run.
     """
     rows = []
-    try:
+    with refusing(f"{run}: not a run, its metrics.jsonl cannot be read", OSError):
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{run}: not a run, its metrics.jsonl cannot be read ({error.strerror})") from None
     for line in lines:
         try:
             row = json.loads(line)
@@ -80,10 +78,8 @@ def save_curves(folders: list[Path], picture: Path) -> None:
         raise InputError(
             f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
         ) from None
-    try:
+    with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
         figure.savefig(picture, dpi=144, metadata={"Software": None})
-    except (OSError, ValueError) as error:  # ValueError: no such format
-        raise InputError(f"{picture}: cannot be written ({one_line(error)})") from None
 
 
 def draw(runs: dict[str, list[dict]]):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
+
+
+@contextmanager
+def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
+    """Turns whatever of these kinds goes wrong inside into an InputError: what, why, and what to do."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{what} ({one_line(error)}){advice}") from None
 
 
 class Parser(argparse.ArgumentParser):

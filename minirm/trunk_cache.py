@@ -40,7 +40,7 @@ from minirm.checkpoint import put
 from minirm.data import tokenizer_state, totals
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.rows import Batch
-from minirm.sources import InputError, one_line
+from minirm.sources import InputError, refusing
 
 
 class TrunkCache:
@@ -146,28 +146,24 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
         )
     # Of two rows, the second one padded.
     batches = [attention.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
-    try:
-        with attention.trying():
-            model = attention.small_model(config, args.max_length)
-            ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
-            below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
-            cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
+    # Any failure at all is a reason to refuse.
+    with refusing(f"--cache_trunk: not for {config.model_type}", advice="; leave the flag away"), attention.trying():
+        model = attention.small_model(config, args.max_length)
+        ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
+        below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
+        cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
 
-            def states(batch: Batch) -> Tensor:
-                cache.real = batch.segments >= 0
-                return attention.small_states(model, batch)[cache.real]
+        def states(batch: Batch) -> Tensor:
+            cache.real = batch.segments >= 0
+            return attention.small_states(model, batch)[cache.real]
 
-            wanted, computed = states(batches[0]), cache.computed
-            if computed.requires_grad:
-                raise ValueError("something below the first trained layer is trained, as with --train_embeddings")
-            states(batches[1])
-            cache.kept = computed[batches[0].segments >= 0]
-            if not torch.allclose(states(batches[0]), wanted, rtol=1e-4, atol=1e-5):
-                raise ValueError("its layers hand on more than hidden states")
-    except Exception as error:  # noqa: BLE001 - any failure at all is a reason to refuse
-        raise InputError(
-            f"--cache_trunk: not for {config.model_type} ({one_line(error)}); leave the flag away"
-        ) from None
+        wanted, computed = states(batches[0]), cache.computed
+        if computed.requires_grad:
+            raise ValueError("something below the first trained layer is trained, as with --train_embeddings")
+        states(batches[1])
+        cache.kept = computed[batches[0].segments >= 0]
+        if not torch.allclose(states(batches[0]), wanted, rtol=1e-4, atol=1e-5):
+            raise ValueError("its layers hand on more than hidden states")
     return cache.extras
 
 
@@ -202,14 +198,10 @@ def open_folder(
     }
     text = json.dumps(about, indent=1, sort_keys=True, default=str)
     folder = Path(args.cache_trunk) / hashlib.sha256(text.encode()).hexdigest()[:32]
-    try:
+    with refusing(f"--cache_trunk {args.cache_trunk}: cannot be written", OSError, "; choose another folder"):
         put(folder / "about.json", text.encode())
         there = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise InputError(
-            f"--cache_trunk {args.cache_trunk}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
     counts = totals(report["train"] + report["eval"])
     itemsize = 4 if args.precision == "fp32" else 2
     needed = counts[f"{layout} tokens"] * config.get_text_config().hidden_size * itemsize
