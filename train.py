@@ -311,7 +311,8 @@ def train(args: argparse.Namespace) -> None:
 
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
-    caught = checkpoint.catch_signals()  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
+    caught: list[int] = []  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
+    checkpoint.note_signals(caught)
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
         evaluate_and_keep(start)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
@@ -402,7 +403,7 @@ def train(args: argparse.Namespace) -> None:
             )
         since += time.perf_counter() - paused
     bar.close()
-    checkpoint.release_signals()
+    checkpoint.note_signals(None)
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
     last, result = result, best if kept else result

@@ -41,14 +41,13 @@ from minirm.sources import InputError, file_digest, one_line, refusing
 STATE, SUMS, RUN, METRICS = "checkpoint.json", "SHA256SUMS", "run.json", "metrics.jsonl"
 PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
 
-# Flags that may differ when a run goes on: length, output, and what changes memory or speed alone. Model and data are
+# Flags that say nothing about the trained model.
+UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
+          "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
+# Flags that may differ when a run goes on: these, its length, and what changes memory or speed alone. Model and data are
 # compared by content, so that they may move; batch size and accumulation by their product with the processes.
-FREE = {
-    "output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "eval_steps", "save_steps", "logging_steps",
-    "save_total_limit", "gradient_checkpointing", "cache_trunk", "model", "train_data", "eval_data", "chat_template",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "report_to", "shard_size", "cpu_offload",
-    "profile", "plan", "world_size", "device",
-}  # fmt: skip
+FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "model", "train_data", "eval_data",
+                 "chat_template", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
 # What checkpoint.json has. sums: what training rows have summed up since the last one, of each process, so that a resume adds
 # up in the same order. result, best: the last evaluation and that of the lowest loss. metrics: bytes of metrics.jsonl.
 START = {
@@ -275,9 +274,8 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             files = {name: digest for digests, _ in everyone for name, digest in digests.items()}
             state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, files, limit)
-        except BaseException:  # CheckpointException is one
-            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up room
-            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up room; a whole one has its name
     return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
 
 
@@ -336,9 +334,8 @@ def put(path: Path, content: bytes, sync: bool = True) -> None:
         os.replace(partial, path)
         if sync:
             _sync(path.parent)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def _sync(path: Path) -> None:
@@ -361,17 +358,15 @@ def whole_model(output: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    (output / "config.json").unlink(missing_ok=True)
-    _sync(output)
-    for path in output.glob("model*.safetensors*"):  # another number of shards has other names
-        path.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output / path.name)
+        (output / "config.json").unlink(missing_ok=True)
         _sync(output)
-    partial.rmdir()
+        for path in output.glob("model*.safetensors*"):  # another number of shards has other names
+            path.unlink()
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, output / path.name)
+            _sync(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def verify(folder: Path) -> dict:
@@ -426,17 +421,11 @@ def load(run: Run, trained: dict[str, nn.Parameter], optimizer, scheduler, scale
 # -- Stopping. --------------------------------------------------------------------------------------------------------
 
 
-def catch_signals() -> list[int]:
-    """From now on SIGTERM, SIGINT and SIGUSR1 are only noted, in the list that is returned."""
-    caught: list[int] = []
+def note_signals(caught: list[int] | None) -> None:
+    """From now on SIGTERM, SIGINT and SIGUSR1 are only noted, in this list; None: they do what they usually do."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda n, _: caught.append(n))
-    return caught
-
-
-def release_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual if caught is None else lambda n, _: caught.append(n))
 
 
 def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:

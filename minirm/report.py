@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from minirm.checkpoint import UNSAID
 from minirm.data import Prepared, common_prefix, totals
 from minirm.freeze import Frozen
+from minirm.plot import read_rows
 from minirm.rows import Batch
-
-# Flags that say nothing about the trained model.
-UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
-          "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
 
 # README.md of a trained model; see model_card.
 CARD = """---
@@ -172,8 +170,7 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     that has metrics.jsonl, and perhaps curves.png.
     """
     said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row.get("eval_loss") is not None] or [result]  # null: not finite
+    rows = [row for row in read_rows(output) if row.get("eval_loss") is not None] or [result]  # null: not finite
     ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
     curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
     rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
