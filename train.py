@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from minirm import checkpoint, shard
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.checkpoint import Stop
 from minirm.data import prepare, totals, unescaped
 from minirm.demo import DEMO_DEFAULTS, use_demo
 from minirm.estimate import show_plan
@@ -36,8 +35,7 @@ from minirm.plan import make_plan, steps_per_epoch
 from minirm.plot import open_trackers, save_curves
 from minirm.report import model_card, profiler, start_report
 from minirm.rows import Batch, collate
-from minirm.shard import DTYPES
-from minirm.sources import InputError, Parser, as_json, one_line
+from minirm.sources import InputError, Parser, as_json, one_line, refusing
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
@@ -78,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--margin_scale", type=float, default=1.0, help="units of reward for a margin of 1 in the data; 0: off")
     add("--row_layout", default="shared", choices=["shared", "separate"],
         help="a row is a prompt with all its completions, or with one of them")
-    add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
+    add("--precision", default="auto", choices=["auto", *shard.DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
     add("--per_device_train_batch_size", type=int, default=1,
         help="prompts, each with all its comparisons, per process and micro-step")
     add("--gradient_accumulation_steps", type=int, default=4, help="micro-steps per optimizer step")
@@ -133,9 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.loss == "trlx":  # as published, or it would not be worth its name
         for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
             if getattr(args, name) != parser.get_default(name):
-                raise InputError(
-                    f"--{name} does not go with --loss trlx; choose --loss divergence or last, or leave it away"
-                )
+                raise InputError(f"--{name} does not go with --loss trlx; leave it away, or choose another --loss")
     for name in set(args.report_to) - {"none"}:
         if not getattr(find_spec(name), "origin", None):  # None: a mere folder of that name
             raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}")
@@ -172,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
     shard.on_first_process(patient, checkpoint.check_output, output, args.resume_from_checkpoint)
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"
-    dtype = DTYPES[args.precision]
+    dtype = shard.DTYPES[args.precision]
 
     # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
     with shard.first_process_first(patient):
@@ -180,10 +176,8 @@ def train(args: argparse.Namespace) -> None:
         config, tokenizer = load_config(args.model, args.chat_template)
         model = empty_model(config)  # shapes without memory
         use_sdpa(model.trunk)
-        try:
+        with refusing(f"--model {args.model}: its layers are not found", ValueError):
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
-        except ValueError as error:
-            raise InputError(f"--model {args.model}: {error}") from None
         data = prepare(
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
             max_length=args.max_length, overlong=args.overlong, seed=args.seed,
@@ -211,15 +205,8 @@ def train(args: argparse.Namespace) -> None:
     cut = {"world_size": world_size, "batch_size": batch_size, "seed": args.seed}
     eval_plan = make_plan(lengths["eval"], pairs["eval"], shuffle=False, **cut)
 
-    def to_batch(groups: list[dict]) -> Batch:
-        return collate(
-            groups,
-            row_layout=layout,
-            pad_id=tokenizer.pad_token_id,
-            row_limit=2 * args.max_length,
-            trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
-        )
-
+    form = {"row_layout": layout, "pad_id": tokenizer.pad_token_id, "row_limit": 2 * args.max_length}
+    to_batch = partial(collate, **form, trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None)
     shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size, total_steps)
     trackers = []
     shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
@@ -246,9 +233,7 @@ def train(args: argparse.Namespace) -> None:
     del read  # it may hold all weights
     # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained.values(), args.learning_rate, (0.9, 0.999), weight_decay=args.weight_decay)
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     home = "cpu" if args.cpu_offload else device.type  # where gradients lie after backward
     scaler = torch.amp.GradScaler(home, enabled=dtype == torch.float16)  # disabled: every call passes through
@@ -273,21 +258,6 @@ def train(args: argparse.Namespace) -> None:
     held_out = describe(data.eval, args.eval_data or args.train_data, args.pair_weight == "prompt")
     pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"])  # [g]: numbers of its pairs
 
-    @torch.no_grad()
-    def evaluate(step: int) -> dict:
-        """Every held-out pair once: each rank fills in its own pairs' rows, and the sum over ranks is the whole table."""
-        # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
-        table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
-        for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
-            batch, rewards, losses = compute("eval", micro_step[rank])
-            if micro_step[rank]:
-                here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device, non_blocking=True)
-                right = right_by_tenth(*batch.pair_rewards(rewards), batch.start, batch.end)
-                table[here] = torch.column_stack([*batch.end_rewards(rewards), losses, right])
-        dist.all_reduce(table)
-        columns = table.cpu().T
-        return {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)}
-
     def log(row: dict) -> None:
         """One line of metrics.jsonl, on rank 0."""
         if rank == 0:
@@ -301,10 +271,24 @@ def train(args: argparse.Namespace) -> None:
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0 or step == total_steps
 
-    def evaluate_and_keep(step: int) -> None:
-        """Evaluates, logs, and keeps what is best so far."""
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        """Every held-out pair once: each rank fills in its own pairs' rows, and the sum over ranks is the whole table.
+
+        Keeps the parameters if there were no better ones before.
+        """
         nonlocal result, best
-        log(result := evaluate(step))
+        # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
+        table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
+        for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
+            batch, rewards, losses = compute("eval", micro_step[rank])
+            if micro_step[rank]:
+                here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device, non_blocking=True)
+                right = right_by_tenth(*batch.pair_rewards(rewards), batch.start, batch.end)
+                table[here] = torch.column_stack([*batch.end_rewards(rewards), losses, right])
+        dist.all_reduce(table)
+        columns = table.cpu().T
+        log(result := {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)})
         if args.keep == "best" and step and result["eval_loss"] < best.get("eval_loss", math.inf):
             best = result
             kept.update(checkpoint.copies(trained))
@@ -314,7 +298,7 @@ def train(args: argparse.Namespace) -> None:
     caught: list[int] = []  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
     checkpoint.note_signals(caught)
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
-        evaluate_and_keep(start)
+        evaluate(start)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
     before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 8)[rank::world_size].sum(dim=0)
     sums = before[:4].to(device)  # weighted loss, weight, correct, reward margin
@@ -345,14 +329,14 @@ def train(args: argparse.Namespace) -> None:
                 sums += torch.stack([loss_sum.detach(), weight.sum(), correct, margin])
                 seen += torch.tensor([len(chosen), batch.tokens, batch.input_ids.numel(), batch.separate_tokens])
         scaler.unscale_(optimizer)
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf).full_tensor().item()
-        )
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
+        grad_norm = norm.full_tensor().item()
         stop, where = checkpoint.agree(caught, losses)  # the same on all ranks, so that all end alike
         groups = micro_steps[where[0]][where[1]] if where else [g for of_rank in micro_steps[0] for g in of_rank]
+        failed = partial(checkpoint.not_finite, step + 1, groups, data, tokenizer)
         if not scaler.is_enabled() and (where or not math.isfinite(grad_norm)):
-            raise checkpoint.not_finite("the loss is not finite" if where else "the gradient is not finite", step + 1, groups, data,
-                             tokenizer, "Try a lower --learning_rate, or look at these comparisons")  # fmt: skip
+            what = f"the {'loss' if where else 'gradient'} is not finite"
+            raise failed(what, "Try a lower --learning_rate, or look at these comparisons")
         scale = scaler.get_scale()
         scaler.step(optimizer)  # leaves the parameters alone if any rank has an inf or nan
         scaler.update()
@@ -360,8 +344,8 @@ def train(args: argparse.Namespace) -> None:
         if scaler.get_scale() < scale:
             skipped += 1
             if scaler.get_scale() < LOWEST_SCALE:
-                raise checkpoint.not_finite(f"the loss scale fell below {LOWEST_SCALE}: fp16 overflows at any", step + 1, groups,
-                                 data, tokenizer, "Try --precision bf16 or a lower --learning_rate")  # fmt: skip
+                what = f"the loss scale fell below {LOWEST_SCALE}: fp16 overflows at any"
+                raise failed(what, "Try --precision bf16 or a lower --learning_rate")
         else:  # the schedule moves only when the optimizer did
             scheduler.step()
         step += 1
@@ -373,20 +357,19 @@ def train(args: argparse.Namespace) -> None:
             summed = torch.cat([sums, seen.to(device)])
             dist.all_reduce(summed)
             loss, of, correct, margin, n, tokens, places, separate = summed.tolist()
-            row = {
+            log({
                 "step": step, "epoch": step / epoch_steps, "loss": loss / of, "accuracy": correct / n,
                 "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],
                 "grad_norm": grad_norm, "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
                 "pairs": int(n), "tokens": int(tokens), "padding": 1 - tokens / places,
                 "tokens_saved": 1 - tokens / separate, "pairs_per_second": n / seconds, "tokens_per_second": tokens / seconds,
-            }  # fmt: skip
-            log(row)
+            })  # fmt: skip
             bar.set_postfix_str(f"loss {loss / of:.4f}, accuracy {correct / n:.3f}, {n / seconds:.1f} pairs/s")
             sums.zero_(), seen.zero_()
             since = time.perf_counter()
         paused = time.perf_counter()
         if due(args.eval_steps, step) and not stop:
-            evaluate_and_keep(step)
+            evaluate(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = run.state | {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
@@ -397,10 +380,8 @@ def train(args: argparse.Namespace) -> None:
             if rank == 0:
                 bar.write(line)
         if stop:
-            name = signal.Signals(stop).name
-            raise Stop(
-                f"{name}: stopped after step {step} of {total_steps}; the same command goes on from there", 128 + stop
-            )
+            said = f"{signal.Signals(stop).name}: stopped after step {step} of {total_steps}"
+            raise checkpoint.Stop(f"{said}; the same command goes on from there", 128 + stop)
         since += time.perf_counter() - paused
     bar.close()
     checkpoint.note_signals(None)
@@ -443,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         (show_plan if args.plan else train)(args)
     except InputError as error:
         line, code = f"error: {error}", 2
-    except Stop as stop:
+    except checkpoint.Stop as stop:
         line, code = stop.args
     except KeyboardInterrupt:  # before there was anything to save
         code = 128 + signal.SIGINT

@@ -443,7 +443,7 @@ def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int]
     return -number, None if place == none else divmod(place, world_size)
 
 
-def not_finite(what: str, step: int, groups: list[int], data: Prepared, tokenizer, hint: str) -> Stop:
+def not_finite(step: int, groups: list[int], data: Prepared, tokenizer, what: str, hint: str) -> Stop:
     """What to raise when training has come to nothing, naming the comparisons that were being computed."""
     ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
     row = data.train[groups[0]]

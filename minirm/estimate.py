@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
@@ -28,14 +28,13 @@ from minirm.sources import InputError, refusing
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
-SDPA = "_scaled_dot_product_flash_attention_for_cpu"
-FLOPS = flop_registry | {  # and what it lacks, experts and the CPU's attention
-    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
-    getattr(torch.ops.aten, SDPA): lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
-    getattr(torch.ops.aten, SDPA + "_backward"): (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
-}
+aten = torch.ops.aten
+FLOPS = flop_registry | {  # and what it lacks: experts, and the CPU's attention, which begins with the GPU's arguments
+    aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}  # fmt: skip
 # What CUDA's autocast computes, and keeps, in fp32, and the CPU's does not: of the list in
 # https://docs.pytorch.org/docs/stable/amp.html what decoders use.
 FP32 = {"pow", "__pow__", "__rpow__", "exp", "rsqrt", "reciprocal", "sum", "cumsum", "softmax", "layer_norm",

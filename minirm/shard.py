@@ -45,13 +45,14 @@ def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
     if processes % shard_size:
         raise InputError(f"--shard_size {shard_size} must divide the number of processes, which is {processes}")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank(0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         # Gloo takes the address that belongs to this machine's name, on many machines 127.0.1.1, which no other reaches.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
+    store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
         # Under --max_restarts torchrun keeps its store, and in it the addresses of the processes that are gone
@@ -60,9 +61,7 @@ def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(STEP_TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
     if shard_size == processes:
         return device, init_device_mesh(device.type, (processes,))
     sizes = processes // shard_size, shard_size
@@ -100,19 +99,15 @@ def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any
     return box[0]
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 @contextmanager
 def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
     """The first process of each machine runs the block, then the others do, who find its files there.
 
     If the block raises InputError on a first process, it does so everywhere: all end alike.
     """
-    refused = torch.zeros(1)
+    first, refused = dist.get_node_local_rank(0) == 0, torch.zeros(1)
     try:
-        if local_rank() > 0:
+        if not first:
             dist.all_reduce(refused, group=group)
             if refused.item():
                 raise InputError("another process refused the input")
@@ -121,7 +116,7 @@ def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
         refused += 1
         raise
     finally:
-        if local_rank() == 0:
+        if first:
             dist.all_reduce(refused, group=group)
     if refused.item():
         raise InputError("another machine refused the input")
@@ -197,14 +192,12 @@ class HostReduceScatter:
         torch.mean(parts.view(group.size(), -1), dim=0, out=output_tensor)
 
 
-def what_stays(
-    frozen: int, trained: int, memory: float, alone: bool, offload: bool, frozen_share=FROZEN_SHARE
-) -> tuple:
+def what_stays(frozen: int, trained: int, memory: float, alone: bool, offload: bool, share=FROZEN_SHARE) -> tuple:
     """Whether frozen parameters stay gathered for good, and trained ones for a step: bools.
 
     frozen, trained: bytes of all of them in the compute precision; memory: bytes of a device; alone: no shards.
     """
-    stay = (alone and not offload) or frozen <= frozen_share * memory
+    stay = (alone and not offload) or frozen <= share * memory
     return stay, not offload and (alone or trained <= TRAINED_SHARE * memory)
 
 
@@ -251,11 +244,11 @@ def fill(
     return read if able else lambda name: source[name]
 
 
-def gather(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """All parameters and persistent buffers, whole, on the CPU of rank 0; None elsewhere. Every rank has to call it."""
+def gather(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All parameters and persistent buffers, whole, on the CPU of rank 0; none elsewhere. Every rank has to call it."""
     state = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
             state[name] = whole.to("cpu", dtype if whole.is_floating_point() else None).contiguous()
-    return state if dist.get_rank() == 0 else None
+    return state
