@@ -164,7 +164,7 @@ def train(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     device, mesh = shard.start_processes(args.shard_size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    patient = shard.patient_group()
+    patient = dist.new_group(backend="gloo", timeout=shard.START_TIMEOUT)  # for what one does while the others wait
     shard.on_first_process(patient, checkpoint.check_output, output, args.resume_from_checkpoint)
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"

@@ -274,8 +274,10 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             files = {name: digest for digests, _ in everyone for name, digest in digests.items()}
             state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, files, limit)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up room; a whole one has its name
+        except BaseException:  # CheckpointException is one
+            # Half a checkpoint only takes up room. Not also after it has its name: other machines may know the old one yet.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
 
 

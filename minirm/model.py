@@ -27,10 +27,9 @@ OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bpo
 
 
 class RewardModel(nn.Module):
-    """A decoder and a head that gives every token a reward.
+    """A decoder (of `AutoModel`) and a head that gives every token a reward.
 
-    Args: trunk: a transformers decoder without a language-model head (`AutoModel`).
-    The module knows nothing of ranks, precision or freezing: those are applied from outside.
+    It knows nothing of ranks, precision or freezing: those are applied from outside.
     """
 
     def __init__(self, trunk: nn.Module):
@@ -139,12 +138,9 @@ def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable
     if not _is_reward_model(stored):
         del shapes["score.weight"]
     others = [places[key][1] for key in places.keys() - trunk.state_dict().keys()]
-    if (
-        any(key not in places or places[key][-1] != shape for key, shape in shapes.items())
-        or _misplaced(others, trunk)
-        or get_model_conversion_mapping(trunk, add_legacy=False)
-        or hasattr(stored, "quantization_config")
-    ):
+    unlike = any(key not in places or places[key][-1] != shape for key, shape in shapes.items())
+    converted = get_model_conversion_mapping(trunk, add_legacy=False) or hasattr(stored, "quantization_config")
+    if unlike or converted or _misplaced(others, trunk):
         return None
 
     def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -188,9 +184,8 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
     with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
         model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
     trunk = model.base_model
-    missing = sorted(
-        key for key in info["missing_keys"] if cls is not lm or key.startswith(f"{trunk.base_model_prefix}.")
-    )
+    wanted = f"{trunk.base_model_prefix}." if cls is lm else ""  # of a language model the trunk alone
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
             raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
@@ -228,10 +223,8 @@ def export(
 ) -> None:
     """Writes what `AutoModelForSequenceClassification.from_pretrained(folder)` loads, tokenizer included.
 
-    Args:
-        state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype.
-        notes: more entries for config.json.
-        max_shard_size: of one file of weights; if they need several, there is an index beside them.
+    state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
+    config.json; max_shard_size: of one file of weights; if they need several, there is an index beside them.
     """
     cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     config = copy.deepcopy(config)

@@ -66,9 +66,7 @@ def column(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def save_curves(folders: list[Path], picture: Path) -> None:
-    """Draws the runs into `picture`. Raises InputError if matplotlib is not there, a folder is no run, or the picture
-    cannot be written.
-    """
+    """Draws the runs into `picture`. Raises InputError if matplotlib, a run, or a place that can be written is missing."""
     names = [folder.resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
     runs = {name: read_rows(folder) for name, folder in zip(names, folders)}
@@ -159,20 +157,13 @@ def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -
     steps does so in the same TensorBoard folder, where whatever came later is hidden, and in the same Weights & Biases
     run, where whatever came later is there twice. Raises InputError if Weights & Biases refuses (no key, no network).
     """
-    sinks = []
+    writer = run = None
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter
 
         # The evaluation of step `start` came before its checkpoint, that of step 0 comes (again) now.
         writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
         writer.add_text("args", json.dumps(arguments, indent=1), start)
-
-        def tensorboard(numbers: dict, step: int) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        sinks.append(tensorboard)
     if "wandb" in names:
         import wandb
 
@@ -186,12 +177,16 @@ def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -
             raise InputError(f"--report_to wandb: {one_line(error)}") from None
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        sinks.append(lambda numbers, step: run.log({**numbers, "train/global_step": step}))
 
     def send(row: dict) -> None:
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)}
-        for sink in sinks:
-            sink({f"eval/{k[5:]}" if k[:5] == "eval_" else f"train/{k}": v for k, v in numbers.items()}, row["step"])
+        numbers = {f"eval/{k[5:]}" if k[:5] == "eval_" else f"train/{k}": v for k, v in numbers.items()}
+        if writer:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
+        if run:
+            run.log({**numbers, "train/global_step": row["step"]})
 
     return send
 

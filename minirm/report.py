@@ -114,8 +114,7 @@ def start_report(
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
-    """What every source was read as; comparisons read, dropped and kept, a column for each; tokens; and how far mere
-    length would get."""
+    """What every source was read as, what became of its comparisons, its tokens, and how far mere length would get."""
     rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
     counts = [totals([row]) for _, row in rows]
     total = sum(counts, Counter())

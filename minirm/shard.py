@@ -25,7 +25,7 @@ from minirm.sources import InputError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
-START_TIMEOUT = timedelta(hours=24)  # the same while one rank prepares the data
+START_TIMEOUT = timedelta(hours=24)  # the same while one prepares data, reads weights, writes files
 
 # Frozen parameters need no gradient and no optimizer, so every rank can keep them whole as long as they take less than
 # this share of its device: nothing is sent for them then, ever.
@@ -78,11 +78,6 @@ def interface_towards(host: str) -> str:
                 if socket.inet_ntoa(own) == probe.getsockname()[0]:
                     return name
     return ""
-
-
-def patient_group() -> dist.ProcessGroup:
-    """For what one process does while the others wait: preparing data, reading weights, writing files. Made by all of them, once."""
-    return dist.new_group(backend="gloo", timeout=START_TIMEOUT)
 
 
 def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any:
