@@ -55,11 +55,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
     add("--train_data", nargs="+", default=["demo"],
         help=".jsonl .json .csv .parquet files, dataset names or name:split; demo: made here")
-    add("--eval_data", nargs="+", default=[],
-        help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
+    add("--eval_data", nargs="+", default=[], help="the same, to evaluate on; off: --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
-    add("--separator", default=r"\n", type=unescaped,
-        help="put between prompt and answer, unless whitespace already stands there")
+    add("--separator", default=r"\n", type=unescaped, help="between prompt and answer, unless whitespace already stands there")
     add("--chat_template", help="Jinja file for data made of messages; off: the tokenizer's own")
     add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
     add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
@@ -197,8 +195,7 @@ def train(args: argparse.Namespace) -> None:
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
     run = shard.on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
     start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
-    batch_size = args.per_device_train_batch_size
-    asked = args.gradient_accumulation_steps
+    batch_size, asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
     accumulation = args.gradient_accumulation_steps = checkpoint.accumulation(run, world_size, batch_size, asked)
     epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
@@ -400,7 +397,6 @@ def train(args: argparse.Namespace) -> None:
         with checkpoint.writing(output, sum(t.numel() * t.element_size() for t in state.values())):
             try:
                 save_curves([output], output / "curves.png")
-                print(f"the curves are in {output / 'curves.png'}")
             except Exception as error:  # noqa: BLE001 - matplotlib is not there, or broken: no picture, but a model
                 print(f"no curves.png: {one_line(error)}")
             with checkpoint.whole_model(output) as folder:

@@ -85,8 +85,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 def check_output(output: Path, choice: str) -> None:
     """Raises InputError if the output folder cannot be this run's, before any data is read. Makes nothing."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    what = f"--output_dir {output}: {there} is not a folder that can be written"
-    with refusing(what, OSError, "; choose another one"):
+    with refusing(f"--output_dir {output}: {there} is not a folder that can be written", OSError, "; choose another"):
         tempfile.TemporaryFile(dir=there).close()
     if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
         return
@@ -117,8 +116,7 @@ def hold(output: Path) -> None:
 def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> Run:
     """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
 
-    Raises InputError if the folder cannot be written, another process trains in it, its run is another than this one,
-    or a checkpoint that was asked for is not whole.
+    Raises InputError if another process trains there, its run is another than this one, or what was asked for not whole.
     """
     output, choice = Path(args.output_dir), args.resume_from_checkpoint
     hold(output)

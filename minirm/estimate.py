@@ -7,7 +7,7 @@ the real model over fake tensors (shapes without memory), so they hold for any a
 import copy
 import weakref
 from argparse import Namespace
-from functools import partial
+from contextlib import ContextDecorator
 from typing import Any
 
 import torch
@@ -41,16 +41,11 @@ FP32 = {"pow", "__pow__", "__rpow__", "exp", "rsqrt", "reciprocal", "sum", "cums
         "softplus"}  # fmt: skip
 
 
-class CudaAutocast(TorchFunctionMode):
+class CudaAutocast(TorchFunctionMode, ContextDecorator):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in FP32:
             args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
         return func(*args, **(kwargs or {}))
-
-
-def like_cuda(forward, *args, **kwargs):
-    with CudaAutocast():  # of a block: around the whole step it would be off where backward computes checkpoints anew
-        return forward(*args, **kwargs)
 
 
 class Meter(TorchDispatchMode):
@@ -108,9 +103,8 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
 def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     """What a run takes, for `table` to print; of one device where it does not say otherwise.
 
-    Args: config: of the model; args: train.py's flags, with device = (GB of memory, TFLOP/s, GB/s sent);
-    dtype: what is computed in; layout: of the rows, "shared" or "separate".
-    The rows are the longest that one comparison a prompt can make: two answers of which nothing is shared.
+    args: train.py's flags, with device = (GB of memory, TFLOP/s, GB/s sent); dtype: what is computed in; layout: "shared"
+    or "separate" rows, the longest that one comparison a prompt can make: two answers of which nothing is shared.
     Raises ValueError as `freeze_bottom_layers` does.
     """
     prompts, micro_steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -121,8 +115,8 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     use_sdpa(model.trunk)
     freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
     blocks = find_blocks(model)[1]
-    for block in blocks:
-        block.forward = partial(like_cuda, block.forward)
+    for block in blocks:  # not around the whole step: it would be off where backward computes checkpoints anew
+        block.forward = CudaAutocast()(block.forward)
     if args.gradient_checkpointing:
         checkpoint_trained_blocks(model)
     rows, length = (prompts, 2 * args.max_length) if layout == "shared" else (2 * prompts, args.max_length)

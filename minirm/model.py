@@ -41,10 +41,9 @@ class RewardModel(nn.Module):
         """input_ids, position_ids: [R, L] int64; attention_mask: what the trunk takes -> rewards [R, L] in fp32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
-        # fp32 whatever autocast says: half-precision rewards would tie by accident.
+        # fp32 whatever autocast says: half-precision rewards would tie by accident. A clone: FSDP warns of views.
         with torch.autocast(hidden.device.type, enabled=False):
-            rewards = self.score(hidden.float()).squeeze(-1)
-            return rewards.clone()  # FSDP warns of views, which cannot be changed in place
+            return self.score(hidden.float()).squeeze(-1).clone()
 
 
 def width(config) -> int:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from minirm.sources import InputError, one_line, refusing
@@ -33,11 +34,9 @@ def read_rows(run: Path) -> list[dict]:
     with refusing(f"{run}: not a run, its metrics.jsonl cannot be read", OSError):
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
     for line in lines:
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     if not rows:
         raise InputError(f"{run}: its metrics.jsonl has no row yet; wait until the run has evaluated once")
     return rows
@@ -66,7 +65,7 @@ def column(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def save_curves(folders: list[Path], picture: Path) -> None:
-    """Draws the runs into `picture`. Raises InputError if matplotlib, a run, or a place that can be written is missing."""
+    """Draws the runs into `picture`. Raises InputError if matplotlib, a run, or a place to write is missing."""
     names = [folder.resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
     runs = {name: read_rows(folder) for name, folder in zip(names, folders)}
@@ -78,6 +77,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
         ) from None
     with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
         figure.savefig(picture, dpi=144, metadata={"Software": None})
+    print(f"the curves are in {picture}")
 
 
 def draw(runs: dict[str, list[dict]]):
@@ -199,7 +199,6 @@ def main(argv: list[str] | None = None) -> int:
     picture = args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png"
     try:
         save_curves(args.runs, picture)
-        print(f"the curves are in {picture}")
     except InputError as error:
         print(f"minirm.plot: error: {error}", file=sys.stderr)
         return 2

@@ -165,8 +165,7 @@ def marked_pair(group: dict, tokenizer) -> str:
 def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str:
     """README.md of a trained model: how good it is, how to load it, what it was trained on and how.
 
-    Args: report: on the data; result: the evaluation of what is exported, a row of metrics.jsonl; output: the folder
-    that has metrics.jsonl, and perhaps curves.png.
+    result: the evaluation of what is exported; output: the folder that has metrics.jsonl, and perhaps curves.png.
     """
     said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
     rows = [row for row in read_rows(output) if row.get("eval_loss") is not None] or [result]  # null: not finite

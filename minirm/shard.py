@@ -138,8 +138,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     Trained parameters travel in `dtype`, the compute precision, their gradients are summed in fp32. No FSDP unit mixes frozen
     and trained parameters, since those differ in precision. offload: shards, gradients and optimizer in host memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    plain = MixedPrecisionPolicy()  # frozen units are stored in the compute precision; the rest stays fp32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # the others stay as they are stored
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
@@ -162,11 +161,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         if not frozen.issuperset(unit.parameters()):
             fully_shard(unit, mp_policy=policy, **options)
         else:  # gathered once and kept, where there is room: these never change
-            fully_shard(unit, mp_policy=plain, **options | {"reshard_after_forward": not stay})
+            fully_shard(unit, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
-    fully_shard(model, mp_policy=plain, **options)  # the rest: the final norm and the head
+    fully_shard(model, **options)  # the rest, in fp32: the final norm and the head
     trained = [m for m in (*blocks, *others, model) if any(p.requires_grad for p in m.parameters())]
     if mesh.device_type == "cpu":
         for unit in trained:

@@ -130,8 +130,7 @@ def group_names(batch: Batch) -> list[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# At start: can it be done, where, and is there room
+# -- At start: can it be done, where, and is there room? --------------------------------------------------------------
 
 
 def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
