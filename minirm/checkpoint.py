@@ -401,12 +401,10 @@ def load(run: Run, trained: dict[str, nn.Parameter], optimizer, scheduler, scale
     best = dict(copies(trained)) if state["best"] else {}  # to be filled
     reader = HuggingFaceStorageReader(str(run.checkpoint))
     try:
-        sizes = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}
-        for name, p in trained.items():
-            prefix = f"optimizer.{name}."
-            for key in [key for key in sizes if key.startswith(prefix)]:
-                like = torch.zeros_like(p) if sizes[key] == p.shape else torch.zeros(sizes[key])
-                optimizer.state[p][key.removeprefix(prefix)] = like
+        for stored, item in reader.read_metadata().state_dict_metadata.items():
+            name, _, key = stored.removeprefix("optimizer.").rpartition(".")
+            if stored.startswith("optimizer.") and (p := trained.get(name)) is not None:
+                optimizer.state[p][key] = torch.zeros_like(p) if item.size == p.shape else torch.zeros(item.size)
         dcp.load(tensors(state, trained, optimizer, best), storage_reader=reader, process_group=group)
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{run.checkpoint}: cannot be loaded ({one_line(_cause(error))})") from None
