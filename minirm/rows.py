@@ -6,8 +6,7 @@
 Rewards of completions are looked up by length, never by searching for a pad or EOS id.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, sent without waiting."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix.
@@ -57,7 +55,7 @@ class Batch:
 def collate(
     groups: list[dict], *, row_layout: str, pad_id: int, row_limit: int, trlx_eos_id: int | None = None
 ) -> Batch:
-    """Groups (see data.py) to one batch.
+    """Groups (see data.py) to one batch. Those without comparisons need no more than prefix and completions.
 
     Args:
         row_layout: "shared" or "separate".
@@ -69,14 +67,13 @@ def collate(
     """
     rows: list[list[list[int]]] = []  # [row][segment]: token ids; segment 0 is the prefix
     group_of: list[int] = []  # for each row
-    hidden: list[int] = []  # for each completion, how many of its last tokens are pads of the published loss
-    located: list[tuple[int, int, int]] = []  # for each completion: row, place in the row, length with pads
+    located: list[tuple[int, int, int, int]] = []  # for each completion: row, place in the row, length, with pads
     pairs = []  # (chosen, rejected, start, end, margin)
     for g, group in enumerate(groups):
         base, prefix, tails = len(located), group["prefix"], group["completions"]
         length = [len(tail) for tail in tails]
         padded = list(length)
-        for c, r, margin in zip(group["chosen"], group["rejected"], group["margin"]):
+        for c, r, margin in zip(*(group.get(name, ()) for name in ("chosen", "rejected", "margin"))):
             end = max(length[c], length[r])
             if trlx_eos_id is not None:
                 end = max(end - 1, 1)
@@ -90,9 +87,8 @@ def collate(
                 row = [prefix]
                 rows.append(row)
                 group_of.append(g)
-            located.append((len(rows) - 1, sum(map(len, row)), whole))
+            located.append((len(rows) - 1, sum(map(len, row)), real, whole))
             row.append(tail + [trlx_eos_id] * (whole - real))
-            hidden.append(whole - real)
 
     longest_text = max(len(row[0]) + max(map(len, row[1:])) for row in rows)
     shape = (len(rows), max(sum(map(len, row)) for row in rows))
@@ -101,7 +97,6 @@ def collate(
     position_ids = torch.arange(shape[1]).clamp(max=longest_text - 1).repeat(shape[0], 1)
     segments = torch.full(shape, PADDING, dtype=torch.int32)
     visible = torch.zeros(shape, dtype=torch.bool)
-    completion = 0
     for r, row in enumerate(rows):
         place = 0
         for number, ids in enumerate(row):
@@ -111,25 +106,15 @@ def collate(
             segments[r, here] = number
             visible[r, here] = True
             place += len(ids)
-            if number:
-                visible[r, place - hidden[completion] : place] = False
-                completion += 1
+    for r, first, real, whole in located:
+        visible[r, first + real : first + whole] = False  # the pads of the published loss
 
-    row_of, first, length = torch.tensor(located).unbind(1)
-    t = torch.arange(int(length.max()))
-    chosen, rejected, start, end = torch.tensor([pair[:4] for pair in pairs], dtype=torch.int64).view(-1, 4).unbind(1)
+    row_of, first, _, length = torch.tensor(located).unbind(1)
+    places = (row_of * shape[1] + first)[:, None] + torch.minimum(torch.arange(int(length.max())), length[:, None] - 1)
+    compared = torch.tensor([pair[:4] for pair in pairs], dtype=torch.int64).view(-1, 4).unbind(1)
+    margin = torch.tensor([pair[4] for pair in pairs], dtype=torch.float32)
+    tokens = sum(len(ids) for row in rows for ids in row)
+    separate_tokens = sum(len(row[0]) + len(ids) for row in rows for ids in row[1:])
     return Batch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        segments=segments,
-        visible=visible,
-        places=(row_of * shape[1] + first)[:, None] + torch.minimum(t, length[:, None] - 1),
-        chosen=chosen,
-        rejected=rejected,
-        start=start,
-        end=end,
-        margin=torch.tensor([pair[4] for pair in pairs], dtype=torch.float32),
-        group=group_of,
-        tokens=sum(len(ids) for row in rows for ids in row),
-        separate_tokens=sum(len(row[0]) + len(ids) for row in rows for ids in row[1:]),
+        input_ids, position_ids, segments, visible, places, *compared, margin, group_of, tokens, separate_tokens
     )

@@ -90,8 +90,7 @@ def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Ite
         if share and group["shared_tokens"] < WORTH_SHARING * separate:  # as many as surely fit into two texts' length
             size = (2 * args.max_length - len(prefix)) // max(map(len, tails))
         for i in range(0, len(tails), size):
-            row = {"prefix": prefix, "completions": tails[i : i + size], "places": places[i : i + size]}
-            yield row | {"chosen": [], "rejected": [], "margin": []}
+            yield {"prefix": prefix, "completions": tails[i : i + size], "places": places[i : i + size]}
 
 
 @torch.no_grad()
