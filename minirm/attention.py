@@ -153,8 +153,7 @@ def shake(model):
 
 def small_batch(texts, row_layout):
     """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
-    rest = {"chosen": [], "rejected": [], "margin": []}
-    groups = [{"prefix": prefix, "completions": completions, **rest} for prefix, completions in texts]
+    groups = [{"prefix": prefix, "completions": completions} for prefix, completions in texts]
     return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
 
 
@@ -256,23 +255,16 @@ def use_sdpa(trunk):
             trunk.config._attn_implementation = "sdpa"  # not saved
 
 
-def _sdpa_attn(self, query, key, value, attention_mask=None):
+def _sdpa_attn(self, query, key, value, mask=None):
     """In place of `_attn`: three [R, heads, L, head_dim] -> one, and None. Mask: None = causal, bool or additive."""
     local = getattr(self, "attention_type", None) == "local"  # GPT-Neo has such layers
-    if attention_mask is not None and attention_mask.shape[1] == 2:  # both masks of `attention_mask`: full, windowed
-        attention_mask = attention_mask[:, int(local), None]
+    if mask is not None and mask.shape[1] == 2:  # both masks of `attention_mask`: full, windowed
+        mask = mask[:, int(local), None]
     elif local:  # rows of one completion: the window by place that the module keeps
         near = self.bias[:, :, : key.shape[-2], : key.shape[-2]]
-        never = False if attention_mask is None or attention_mask.dtype == torch.bool else torch.finfo(value.dtype).min
-        attention_mask = near if attention_mask is None else attention_mask.masked_fill(~near, never)
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(value.dtype)
-    output = F.scaled_dot_product_attention(
-        query.to(value.dtype),
-        key.to(value.dtype),
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None,
-        scale=1 / getattr(self, "scale_attn", 1.0),  # GPT-Neo does not scale
-    )
-    return output, None
+        never = False if mask is None or mask.dtype == torch.bool else torch.finfo(value.dtype).min
+        mask = near if mask is None else mask.masked_fill(~near, never)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(value.dtype)
+    query, key, scale = query.to(value.dtype), key.to(value.dtype), 1 / getattr(self, "scale_attn", 1.0)  # GPT-Neo: 1
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale), None
