@@ -64,27 +64,19 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
     frozen_layers = len(blocks) - trained_layer_count(len(blocks), ratio)
     # What feeds the first block: token and position embeddings, and what stands between (bloom's layer norm, opt's
     # projection). A single trainable parameter down there would bring the whole backward pass back.
-    below = [
-        child
-        for child_name, child in decoder.named_children()
-        if child is not blocks
-        and (isinstance(child, nn.Embedding) or "emb" in child_name or child_name == "project_in")
-    ]
-    below_ids = {id(p) for child in below for p in child.parameters()}
-    if ratio == 0:
-        frozen = set()
-    elif ratio == 1:
-        frozen = {id(p) for p in decoder.parameters()} - (set() if embeddings else below_ids)
-    else:
-        frozen = {id(p) for block in blocks[:frozen_layers] for p in block.parameters()}
-        frozen |= below_ids if embeddings else set()
-        trained = {id(p) for block in blocks[frozen_layers:] for p in block.parameters()}
-        if frozen & trained:
-            raise ValueError(
-                f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above, so "
-                "they cannot be frozen apart; use a ratio of 0 or 1"
-            )
-    names = [n for n, p in model.named_parameters() if id(p) in frozen]
+    below = set()
+    for child_name, child in decoder.named_children():
+        if isinstance(child, nn.Embedding) or "emb" in child_name or child_name == "project_in":
+            below |= {*child.parameters()}
+    frozen = {*blocks[:frozen_layers].parameters()} if ratio < 1 else {*decoder.parameters()} - below
+    if embeddings and ratio > 0:
+        frozen |= below
+    if frozen & {*blocks[frozen_layers:].parameters()}:
+        raise ValueError(
+            f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above, so they "
+            "cannot be frozen apart; use a ratio of 0 or 1"
+        )
+    names = [n for n, p in model.named_parameters() if p in frozen]
     for n in names:
         model.get_parameter(n).requires_grad_(False)
     return Frozen(list(range(frozen_layers)), names, len(blocks))
