@@ -38,21 +38,14 @@ def make_plan(
     Which groups make up a step depends on the product of the three alone, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
     """
     assert len(lengths) == len(weights), f"{len(lengths)} lengths for {len(weights)} groups"
-    per_micro_step = world_size * batch_size
+    count, per_micro_step = len(lengths), world_size * batch_size
     per_step = per_micro_step * accumulation
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-
-    def longest_first(groups: list[int]) -> list[int]:
-        return sorted(groups, key=lambda g: (-lengths[g], g))
-
-    if shuffle:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        window = per_step * WINDOW_STEPS
-        windows = [longest_first(order[i : i + window]) for i in range(0, len(order), window)]
-    else:
-        windows = [longest_first(list(range(len(lengths))))]
+    order = torch.randperm(count, generator=generator).tolist() if shuffle else range(count)
+    window = per_step * WINDOW_STEPS if shuffle else max(1, count)
     steps = []
-    for groups in windows:
+    for begin in range(0, count, window):
+        groups = sorted(order[begin : begin + window], key=lambda g: (-lengths[g], g))  # longest first
         for i in range(0, len(groups), per_step):
             step = groups[i : i + per_step]
             micro_steps = [step[j : j + per_micro_step] for j in range(0, len(step), per_micro_step)]
