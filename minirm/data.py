@@ -14,13 +14,10 @@ Examples and groups lie on disk and are memory-mapped: what is held in memory is
 import gc
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,38 +29,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirm import schemas, sources
-from minirm.sources import InputError, fingerprint, one_line, read_rows
+from minirm.sources import InputError, fingerprint, one_line, read_rows, whole_folder
 
 MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, little enough for memory
 
 INT, FLOAT, TEXT = Value("int32"), Value("float32"), Value("string")
 TEXTS = datasets.Features(
-    {
-        "prompt": TEXT,  # of messages: as JSON
-        "texts": List(TEXT),  # prompt and completion in one, for every completion
-        "chat": Value("bool"),  # rendered by the chat template, special tokens and all
-        "chosen": List(INT),  # one entry a comparison: index into texts
-        "rejected": List(INT),
-        "margin": List(FLOAT),  # 0: none
-        "subset": TEXT,
-        "source": INT,  # number of the file
-        "where": TEXT,  # "file:line"
-    }
+    prompt=TEXT,  # of messages: as JSON
+    texts=List(TEXT),  # prompt and completion in one, for every completion
+    chat=Value("bool"),  # rendered by the chat template, special tokens and all
+    chosen=List(INT),  # one entry a comparison: index into texts
+    rejected=List(INT),
+    margin=List(FLOAT),  # 0: none
+    subset=TEXT,
+    source=INT,  # number of the file
+    where=TEXT,  # "file:line"
 )
 FEATURES = datasets.Features(
-    {
-        "prefix": List(INT),
-        "completions": List(List(INT)),
-        "chosen": List(INT),
-        "rejected": List(INT),
-        "margin": List(FLOAT),
-        "subset": List(TEXT),
-        "source": List(INT),
-        "pairs": INT,
-        "prompt_pairs": INT,  # of the prompt; more than `pairs` where its over-long ones form another group
-        "shared_tokens": INT,  # prefix computed once
-    }
+    prefix=List(INT),
+    completions=List(List(INT)),
+    chosen=List(INT),
+    rejected=List(INT),
+    margin=List(FLOAT),
+    subset=List(TEXT),
+    source=List(INT),
+    pairs=INT,
+    prompt_pairs=INT,  # of the prompt; more than `pairs` where its over-long ones form another group
+    shared_tokens=INT,  # prefix computed once
 )
 
 
@@ -161,13 +154,12 @@ def read_texts(
     schema, counts = None, Counter()
     for where, row in read_rows(source):
         try:
-            schema = schema or schemas.recognise(row)
-            example = schemas.to_example(schema, row)
+            if schema is None:
+                schema = schemas.recognise(row)
+                report["schema"] = schemas.describe(schema, row)
+            prompt, completions, compared, ties, labelled, own_separator, subset = schemas.to_example(schema, row)
         except InputError as error:
             raise InputError(f"{where}: {one_line(error)}") from None
-        if "schema" not in report:
-            report["schema"] = schemas.describe(schema, row)
-        prompt, completions, compared, ties, labelled, own_separator, subset = example
         if keep == "all" and not labelled:
             compared = []
         chat = not isinstance(completions[0], str)
@@ -235,20 +227,13 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 
 def tokenise(
-    prompts: list[list[dict]],
-    tokenizer,
-    counts: list[Counter],
-    *,
-    max_length: int,
-    overlong: str,
-    keep: str = "worth",
-    end_turn: bool = True,
+    prompts: list[list[dict]], tokenizer, counts: list[Counter], *, max_length: int, overlong: str, keep: str = "worth"
 ) -> Iterator[tuple[dict, list[tuple[dict, dict[int, int]]]]]:
     """Groups (see the top of this file) of prompts, each a list of its examples, as TEXTS.
 
     Yields a group, and for each of its examples where its completions are: {number in texts: index into completions}.
-    `counts`, one for each source, get kept, cut, and why others were dropped. `end_turn` False: what the chat template
-    gives stays as it is.
+    `counts`, one for each source, get kept, cut, and why others were dropped. `keep`: see `read_texts`; with "all",
+    what the chat template gives stays as it is.
 
     An over-long example loses the left end of its prompt (never BOS, the answers or EOS), as much as its longest answer
     needs, so that all of them still follow the same text. Other examples of the prompt keep theirs whole: they form a
@@ -258,12 +243,10 @@ def tokenise(
     too_long = "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
     ids_of = {}
     for chat in (False, True):
-        texts = [text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"]]
-        texts = list(dict.fromkeys(texts))
-        ids_of |= {
-            (chat, text): ids
-            for text, ids in zip(texts, encode(tokenizer, texts, chat, end_turn or not chat) if texts else ())
-        }
+        texts = (text for examples in prompts for e in examples if e["chat"] == chat for text in e["texts"])
+        if texts := list(dict.fromkeys(texts)):
+            rows = encode(tokenizer, texts, chat, eos=keep != "all" or not chat)
+            ids_of |= {(chat, text): ids for text, ids in zip(texts, rows)}
     for examples in prompts:
         by_cut: dict[int, list[tuple]] = {}
         for example in examples:
@@ -296,10 +279,8 @@ def fit(
     if longest <= max_length:
         return 0, ids, set()
     if overlong == "error":
-        raise InputError(
-            f"{example['where']}: {longest} tokens, --max_length is {max_length}; raise --max_length, or choose --overlong "
-            "truncate or drop"
-        )
+        advice = "raise --max_length, or choose --overlong truncate or drop"
+        raise InputError(f"{example['where']}: {longest} tokens, --max_length is {max_length}; {advice}")
     if overlong == "drop":
         return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, set()
     # The prompt ends where the ids stop being those of the prompt alone.
@@ -307,10 +288,9 @@ def fit(
     prompt = render(tokenizer, json.loads(prompt), example["where"]) if chat else prompt
     nothing, alone = encode(tokenizer, ["", prompt], chat, eos=False)
     # What the tokenizer puts before every text stays, BOS or more (GLM), and a BOS that the prompt brings along.
-    start = common_prefix([nothing, alone, *sides]) or int(
-        alone[:1] == [tokenizer.bos_token_id] and all(side[:1] == alone[:1] for side in sides)
-    )
-    room = common_prefix([alone, *sides]) - start
+    same = common_prefix([alone, *sides])
+    start = common_prefix([nothing, alone, *sides]) or int(same > 0 and alone[0] == tokenizer.bos_token_id)
+    room = same - start
     if keep == "worth":
         ids = {k: text for k, text in ids.items() if len(text) - room <= max_length}
     cut = min(room, max([len(text) - max_length for text in ids.values()] + [0]))
@@ -363,9 +343,11 @@ class Texts(NamedTuple):
     pairs: Tensor  # [N] int64: how many comparisons
     report: list[dict]  # of each source
 
-    def compared(self, chosen: Tensor) -> list[int]:
-        """[N] bool, which examples -> how many comparisons they hold, for each source."""
-        return self.sources[chosen].bincount(self.pairs[chosen], minlength=len(self.report)).long().tolist()
+    def note(self, what: str, chosen: Tensor) -> None:
+        """[N] bool, which examples: how many comparisons they hold goes into the report of each source."""
+        counts = self.sources[chosen].bincount(self.pairs[chosen], minlength=len(self.report)).long().tolist()
+        for row, n in zip(self.report, counts):
+            row[what] = n
 
 
 def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str) -> Texts:
@@ -396,20 +378,17 @@ def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
     chosen: [N] bool, which examples.
     """
     rows = chosen.nonzero().flatten()
-    if not len(rows):
-        return
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
     first = torch.full_like(place, len(rows)).scatter_reduce_(0, prompt, place, "amin")[prompt]
-    order = first.argsort(stable=True)
-    bounds = [0, *((first[order].diff() != 0).nonzero().flatten() + 1).tolist(), len(rows)]
-    with tqdm(total=len(bounds) - 1, desc="tokenising", unit=" prompts", leave=False, disable=None) as bar:
-        for begin in range(0, len(bounds) - 1, CHUNK):
-            here = bounds[begin : begin + CHUNK + 1]
-            columns = texts.rows[rows[order[here[0] : here[-1]]].tolist()]
-            examples = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            yield [examples[a - here[0] : b - here[0]] for a, b in pairwise(here)]
-            bar.update(len(here) - 1)
+    first, order = first.sort(stable=True)
+    sizes = first.unique_consecutive(return_counts=True)[1].split(CHUNK)
+    with tqdm(total=sum(map(len, sizes)), desc="tokenising", unit=" prompts", leave=False, disable=None) as bar:
+        for some, here in zip(sizes, rows[order].split([int(some.sum()) for some in sizes])):
+            columns = texts.rows[here.tolist()]
+            examples = (dict(zip(columns, values)) for values in zip(*columns.values()))
+            yield [list(islice(examples, n)) for n in some.tolist()]
+            bar.update(len(some))
 
 
 def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
@@ -446,51 +425,38 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        temporary = folder.with_name(f"{key}.{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
         gc.freeze()  # or all that was imported would be searched for garbage again and again: a fifth of the time
         try:
-            report = write_groups(temporary, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules)
-            (temporary / "report.json").write_text(json.dumps(report))
-            for path in temporary.glob("*.texts"):
-                path.unlink()
-            os.replace(temporary, folder)  # a killed run leaves no half cache behind
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
-                raise
+            with whole_folder(folder) as new:
+                report = write_groups(new, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules)
+                (new / "report.json").write_text(json.dumps(report))
+                for path in new.glob("*.texts"):
+                    path.unlink()
         finally:
             gc.unfreeze()
-            shutil.rmtree(temporary, ignore_errors=True)
     report = json.loads((folder / "report.json").read_text())
     for part, named in (("train", train_data), ("eval", eval_data or train_data)):
         total = totals(report[part])
         if not total["kept"]:
-            left_out = ((n, why) for why, n in total.items() if why.startswith(("dropped", "held out")))
-            why = ", ".join(f"{n:,} {why}" for n, why in left_out if n) or "no rows"
-            raise InputError(
-                f"{', '.join(named)}: nothing left to {part} on: {total['read']:,} comparisons read; {why}"
-            )
+            left_out = (f"{n:,} {why}" for why, n in total.items() if n and why.startswith(("dropped", "held out")))
+            found = f"{total['read']:,} comparisons read; {', '.join(left_out) or 'no rows'}"
+            raise InputError(f"{', '.join(named)}: nothing left to {part} on: {found}")
     parts = [datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")]
     return Prepared(*parts, report, prints)
 
 
-def write_groups(
-    folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules
-) -> dict[str, list[dict]]:
+def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules) -> dict[str, list]:
     """train.arrow and eval.arrow in a folder; returns the report."""
     train = store(folder / "train.texts", train_data, tokenizer, separator, "worth")
     if eval_data:
         held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled")
         parts = {"train": (train, train.pairs > 0, "worth"), "eval": (held_out, held_out.pairs > 0, "labelled")}
-        known = held_out.compared(torch.isin(held_out.keys, train.keys))
-        for row, n in zip(held_out.report, known):
-            row["prompt also in the training data"] = n
+        held_out.note("prompt also in the training data", torch.isin(held_out.keys, train.keys))
     else:
         out = hold_out(train.keys, eval_fraction, seed)
-        read = [{"source": row["source"], "read": n} for row, n in zip(train.report, train.compared(out))]
+        train.note("held out", out)
+        read = [{"source": row["source"], "read": row["held out"]} for row in train.report]
         parts = {"train": (train, ~out, "worth"), "eval": (train._replace(report=read), out, "worth")}
-        for row, moved in zip(train.report, read):
-            row["held out"] = moved["read"]
     report = {}
     for part, (texts, picked, keep) in parts.items():
         counts = [Counter() for _ in texts.report]

@@ -20,7 +20,6 @@ import platform
 import random
 import re
 import sysconfig
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
+
+from minirm.sources import whole_folder
 
 # Flags of train.py that suit a model this small; with `--model demo` they replace the recipe's defaults.
 DEMO_DEFAULTS = {
@@ -77,20 +78,12 @@ def build_demo(seed: int = 0) -> DemoPaths:
     if folder.exists():
         return paths
     train, held_out, texts = make_comparisons(seed)
-    cache.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed at the end: a build that is killed leaves nothing that looks complete.
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=cache) as scratch:
-        new = Path(scratch) / folder.name
+    with whole_folder(folder) as new:
         tokenizer = train_tokenizer(texts)
         warm_up(texts, tokenizer, seed).save_pretrained(new / "model")
         tokenizer.save_pretrained(new / "model")
         for path, rows in ((paths.train, train), (paths.eval, held_out)):
             (new / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        try:
-            new.rename(folder)
-        except OSError:  # another process built the same demo meanwhile and was first: its one is as good
-            if not folder.exists():
-                raise
     return paths
 
 

@@ -79,7 +79,7 @@ def load(name: str, dtype) -> tuple:
 
 def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Iterator[dict]:
     """Rows like those of training, of prompts, each a list of its examples."""
-    rules = {"max_length": args.max_length, "overlong": "truncate", "keep": "all", "end_turn": False}
+    rules = {"max_length": args.max_length, "overlong": "truncate", "keep": "all"}
     for group, examples in tokenise(prompts, tokenizer, [Counter() for _ in args.data], **rules):
         prefix, tails = group["prefix"], group["completions"]
         places: list[list[int]] = [[] for _ in tails]

@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,29 +54,16 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
             try:
                 yield from reader(source, file)
             except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
-                line = _first_line_not_utf8(path)
+                with open(path, "rb") as raw:
+                    line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
                 raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     else:
-        rows, number = iter(_load(source)), 1
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
-                raise InputError(f"{source}, row {number}: cannot be read ({one_line(error)})") from None
-            if row is None:
-                return
-            yield f"{source}, row {number}", row
-            number += 1
-
-
-def _first_line_not_utf8(path: Path) -> int:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError(f"{path} was changed while it was being read")
+        rows, number = _load(source), 0
+        try:
+            for number, row in enumerate(rows, 1):
+                yield f"{source}, row {number}", row
+        except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
+            raise InputError(f"{source}, row {number + 1}: cannot be read ({one_line(error)})") from None
 
 
 def _read_csv(source, file):
@@ -162,6 +150,26 @@ def file_digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
+
+    Where several processes make the same one at once, that of the first stays; those of the others are as good.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        yield new
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
 def one_line(error: Exception | str) -> str:
