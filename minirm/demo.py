@@ -34,15 +34,9 @@ from minirm.sources import whole_folder
 
 # Flags of train.py that suit a model this small; with `--model demo` they replace the recipe's defaults.
 DEMO_DEFAULTS = {
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "warmup_steps": 20,
-    "num_train_epochs": 2,
-    "eval_steps": 250,
-    "logging_steps": 20,
-    "max_length": 256,
-}
+    "learning_rate": 1e-3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 20,
+    "num_train_epochs": 2, "eval_steps": 250, "logging_steps": 20, "max_length": 256,
+}  # fmt: skip
 SHUFFLES = 2  # per prompt: more of them teach more than more epochs
 OTHER = 0.08  # share of the prompts that have the answer of another one, too
 
@@ -169,11 +163,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=2048, special_tokens=[EOS, PAD], initial_alphabet=every_byte, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
@@ -181,17 +173,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def warm_up(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTJForCausalLM:
     """A small GPT-J after WARM_UP_STEPS of language modelling. torch's global random numbers are left as they were."""
-    config = GPTJConfig(
-        vocab_size=len(tokenizer),
-        n_positions=512,
-        n_embd=128,
-        n_layer=LAYERS,
-        n_head=4,
-        rotary_dim=16,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 512, "n_embd": 128, "n_layer": LAYERS, "n_head": 4}
+    config = GPTJConfig(**sizes, rotary_dim=16, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTJForCausalLM(config)
