@@ -50,11 +50,8 @@ def recognise(row: dict) -> Schema:
 
 def to_example(schema: Schema, row: dict) -> Example:
     """Raises InputError for a column that is missing or holds what it should not."""
-    for column in schema.columns.split():
-        if column not in row:
-            raise InputError(
-                f"no column '{column}', which the first row has; found {', '.join(map(str, row)) or 'none'}"
-            )
+    if gone := [column for column in schema.columns.split() if column not in row]:
+        raise InputError(f"no column '{gone[0]}', which the first row has; found {', '.join(map(str, row)) or 'none'}")
     example = schema.read(row)
     return example if row.get("subset") is None else example._replace(subset=_string(str(row["subset"]), "subset"))
 
@@ -95,7 +92,7 @@ def summarize_from_feedback(row: dict) -> Example:
     else:
         prompt = f"Article: {_text(info, 'article')}"
     answers = [f"TL;DR: {_text(summary, 'text').strip()}" for summary in summaries]
-    return _comparison(prompt, answers, better=_choice(row, "choice", 0, 1))
+    return _comparison(prompt, answers, better=_choice(row, "choice"))
 
 
 def helpsteer(row: dict) -> Example:
@@ -111,11 +108,11 @@ def shp(row: dict) -> Example:
     ratio = _number(row, "score_ratio", low=1, optional=True)
     answers = [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
     margin = None if ratio is None else math.log(ratio)
-    return _comparison(_text(row, "history"), answers, margin, better=1 - _choice(row, "labels", 0, 1))
+    return _comparison(_text(row, "history"), answers, margin, better=1 - _choice(row, "labels"))
 
 
 def safe_rlhf(row: dict) -> Example:
-    better = _choice(row, _name(row, "better_response_id", "safer_response_id"), 0, 1)
+    better = _choice(row, _name(row, "better_response_id", "safer_response_id"))
     return _comparison(_text(row, "prompt"), [_text(row, "response_0"), _text(row, "response_1")], better=better)
 
 
@@ -128,9 +125,8 @@ def arena(row: dict) -> Example:
         prompt, sides = "", [_turns(prompt, side) for side in sides]
     prompt, *sides = (_text({c: text}, c) for c, text in zip(("prompt", *columns), (prompt, *sides)))
     outcomes = ("model_a", "model_b", "tie")
-    winner = row.get("winner") or next(
-        (o for o in outcomes if str(row.get(f"winner_{o}")) in ("1", "1.0", "True")), None
-    )
+    marked = (outcome for outcome in outcomes if str(row.get(f"winner_{outcome}")) in ("1", "1.0", "True"))
+    winner = row.get("winner") or next(marked, None)
     if winner in outcomes[:2]:
         return _comparison(prompt, sides, better=outcomes.index(winner))
     if str(winner).startswith("tie") or winner == "both_bad":
@@ -261,9 +257,9 @@ def _number(row: dict, column: str, low=-math.inf, high=math.inf, optional: bool
     return number
 
 
-def _choice(row: dict, column: str, *allowed: int) -> int:
-    if str(row.get(column)) not in map(str, allowed):
-        raise InputError(f"'{column}' must be {' or '.join(map(str, allowed))}, got {shown(row.get(column))}")
+def _choice(row: dict, column: str) -> int:
+    if str(row.get(column)) not in ("0", "1"):
+        raise InputError(f"'{column}' must be 0 or 1, got {shown(row.get(column))}")
     return int(row[column])
 
 
