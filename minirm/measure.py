@@ -113,8 +113,7 @@ def histogram(chosen: Tensor, rejected: Tensor, bins: int = 30) -> dict:
     both = torch.cat(sides)
     if not len(both):
         return {"edges": [], "chosen": [], "rejected": []}
-    low, high = both.min().item(), both.max().item()
-    edges = torch.linspace(low - 0.5 * (low == high), high + 0.5 * (low == high), bins + 1, dtype=torch.float64)
+    edges = torch.histogram(both, bins).bin_edges  # from the least to the greatest; half of one off where all are equal
     counts = [torch.histogram(side, edges).hist.long().tolist() for side in sides]
     return {"edges": edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
 
@@ -203,11 +202,10 @@ def final_report(row: dict) -> str:
     shorter = sum(bucket["pairs"] for bucket in row["eval_by_length"] if bucket["high"] < 0) / row["eval_pairs"]
     which, alone = ("longer", longer) if longer >= shorter else ("shorter", shorter)
     model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
-
-    def span(low: int, high: int) -> str:
-        return f"{low:+}" if low == high else f"{low:+}..{high:+}"
-
-    by_length = [f"{span(b['low'], b['high'])}: {b['accuracy']:.2f} ({b['pairs']})" for b in row["eval_by_length"]]
+    by_length = []
+    for bucket in row["eval_by_length"]:
+        span = f"{bucket['low']:+}" + (f"..{bucket['high']:+}" if bucket["low"] < bucket["high"] else "")
+        by_length.append(f"{span}: {bucket['accuracy']:.2f} ({bucket['pairs']})")
     lines = [
         f'right            {model} of the held-out pairs; "the {which} answer is better" is right in {alone:.1%}',
         f"by length        {', '.join(by_length)}: accuracy (pairs) by chosen minus rejected tokens",

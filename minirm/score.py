@@ -157,7 +157,7 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
     )
     prompt, file = texts.keys[example], [Path(source).stem if len(sources) > 1 else "" for source in sources]
     columns = texts.rows.select_columns(["subset", "source", "chosen"])
-    names = by_name(filter(None, (row["subset"], file[row["source"]])) for row in columns for _ in row["chosen"])
+    names = by_name((row["subset"], file[row["source"]]) for row in columns for _ in row["chosen"])
     return {
         **agreement(chosen, rejected, prompt),
         "reward_margin": (chosen - rejected).mean().item(),
