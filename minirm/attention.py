@@ -227,10 +227,7 @@ def _shrunk(config, max_length):
 def _differences(model):
     """Largest difference between shared and separate rows over the largest value: [hidden states, gradients]."""
     shake(model)
-
-    def ids(length):
-        return torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
-
+    ids = lambda length: torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
     texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS]
     batch = small_batch(texts, "shared")
     shared = small_states(model, batch)[batch.segments > 0]

@@ -80,11 +80,12 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     with it, or with EOS, so that what `apply_chat_template` gives is what is scored, in any program that loads the
     exported tokenizer. Prompts for generation stay as they are.
     """
+    flag = f"--chat_template {path}"
     if path:
         try:
             tokenizer.chat_template = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--chat_template {path}: not a Jinja file that can be read ({one_line(error)})") from None
+            raise InputError(f"{flag}: not a Jinja file that can be read ({one_line(error)})") from None
     if not tokenizer.chat_template:
         return
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -93,9 +94,7 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
         if not path:
             return  # an error where messages come up
-        raise InputError(
-            f"--chat_template {path}: cannot render a question and an answer ({one_line(error)})"
-        ) from None
+        raise InputError(f"{flag}: cannot render a question and an answer ({one_line(error)})") from None
     ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
     ends = bool(ids) and ids[-1] in special_ids(tokenizer)
     if ends and text == text.rstrip():

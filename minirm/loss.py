@@ -54,12 +54,12 @@ def divergence_loss(
     _check_shapes(start=start, end=end, dims=1)
     if len(start) != len(chosen_rewards):
         raise ValueError(f"start has {len(start)} entries for {len(chosen_rewards)} pairs of rewards")
-    if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= chosen_rewards.shape[1])).all():
+    T = chosen_rewards.shape[1]
+    if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= T)).all():
         raise ValueError(
-            f"expected 0 <= start < end <= {chosen_rewards.shape[1]} for every pair, "
-            f"got start={start.tolist()} end={end.tolist()}"
+            f"expected 0 <= start < end <= {T} for every pair, got start={start.tolist()} end={end.tolist()}"
         )
-    t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
+    t = torch.arange(T, device=chosen_rewards.device)
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
     # Masked before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
     difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)

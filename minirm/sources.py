@@ -102,14 +102,13 @@ def _read_json(source, file):
 def _read_json_lines(source, file):
     decode = json.JSONDecoder(object_pairs_hook=_object).decode  # loads would make one for every line
     for number, line in enumerate(file, 1):
-        if not line.isspace():
-            try:
-                row = decode(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line"
-                ) from None
-            yield f"{source}:{number}", row
+        if line.isspace():
+            continue
+        try:
+            row = decode(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line") from None
+        yield f"{source}:{number}", row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
