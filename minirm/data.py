@@ -352,14 +352,12 @@ class Texts(NamedTuple):
 def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str) -> Texts:
     """All examples of some sources, in a file."""
     columns, report = array("q"), [{"source": source, "read": 0} for source in sources]
-    with ArrowWriter(path=str(path), features=TEXTS) as writer:
+    with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number)
-            examples = iter(tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None))
-            while some := list(islice(examples, CHUNK)):
-                for example in some:
-                    columns.extend((prompt_key(example), number, len(example["chosen"])))
-                writer.write_batch({name: [example[name] for example in some] for name in TEXTS})
+            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None):
+                columns.extend((prompt_key(example), number, len(example["chosen"])))
+                writer.write(example)
         writer.finalize()
     return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(columns).long().view(-1, 3).unbind(1), report)
 
@@ -459,11 +457,10 @@ def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separa
     report = {}
     for part, (texts, picked, keep) in parts.items():
         counts = [Counter() for _ in texts.report]
-        with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES) as writer:
+        with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES, writer_batch_size=CHUNK) as writer:
             for prompts in by_prompt(texts, picked):
-                groups = [group for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules)]
-                if groups:
-                    writer.write_batch({name: [group[name] for group in groups] for name in FEATURES})
+                for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules):
+                    writer.write(group)
             writer.finalize()
         report[part] = [row | own for row, own in zip(texts.report, counts)]
     return report
