@@ -196,19 +196,17 @@ def _shrunk(config, max_length):
     for key, value in lists.items():
         setattr(small, key, [value[i] for i in kept])
 
+    # How far attention looks, how much of it sparse attention keeps, and inner widths.
+    most = {"window|chunk|local_att|distance|extent": PROBE_WINDOW, "block|topk": 2, "intermediate|ffn|inner|d_ff": 64}
     for key, value in fields.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:  # a bool is none
             continue
-        if re.search("window|chunk|local_att|distance|extent", key):  # how far attention looks
-            setattr(small, key, min(value, PROBE_WINDOW))
-        elif re.search("block|topk", key):  # how much of it sparse attention keeps
-            setattr(small, key, min(value, 2))
+        if limits := [limit for names, limit in most.items() if re.search(names, key)]:
+            setattr(small, key, min(value, limits[0]))
         elif key.endswith("token_id") and value >= PROBE_VOCABULARY:
             setattr(small, key, 0)
         elif key in ("num_key_value_heads", "num_kv_heads"):
             setattr(small, key, few_kv)
-        elif re.search("intermediate|ffn|inner|d_ff", key):
-            setattr(small, key, min(value, 64))
         elif value == config.hidden_size and "position" not in key:  # the width by other names, as OPT's
             setattr(small, key, width)
     small.num_hidden_layers, small.num_attention_heads, small.hidden_size = len(kept), few, width

@@ -139,21 +139,11 @@ def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
     return {"names": names} | {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
-def measure(
-    chosen: Tensor,
-    rejected: Tensor,
-    loss: Tensor,
-    right: Tensor,
-    *,
-    prompt: Tensor,
-    tokens: Tensor,
-    weight: Tensor,
-    names: list[tuple[str, ...]],
-) -> dict:
+def measure(chosen, rejected, loss, right, *, prompt, tokens, weight, names: list[tuple[str, ...]]) -> dict:
     """All figures of an evaluation, by the names of metrics.jsonl; JSON holds them.
 
-    Args: chosen, rejected, loss: [P]; right: [P, 10] of `right_by_tenth`; tokens: [P, 2] of the chosen and the rejected
-    answer; weight: [P] of the loss, whose weighted mean is given; names: of each pair, subset and file.
+    Args: tensors chosen, rejected, loss, prompt: [P]; right: [P, 10] of `right_by_tenth`; tokens: [P, 2] of the chosen
+    and the rejected answer; weight: [P] of the loss, whose weighted mean is given; names: of each pair, subset and file.
     """
     correct, both = (chosen > rejected).double(), torch.cat([chosen, rejected])
     longer = tokens[:, 0] - tokens[:, 1]

@@ -193,11 +193,10 @@ def run(args: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = "auto" if device.type == "cuda" else torch.float32
     model, tokenizer = load(args.model, DTYPES.get(args.precision, auto))
-    trained = getattr(model.config, "minirm", {})
-    separator = args.separator if args.separator is not None else trained.get("separator", "\n")
     positions = min(getattr(model.config, "max_position_embeddings", 1 << 20), tokenizer.model_max_length, 1 << 20)
-    if args.max_length is None:
-        args.max_length = trained.get("max_length", positions)
+    trained = {"separator": "\n", "max_length": positions} | getattr(model.config, "minirm", {})
+    separator = trained["separator"] if args.separator is None else args.separator
+    args.max_length = trained["max_length"] if args.max_length is None else args.max_length
     if not 0 < args.max_length <= positions:
         raise InputError(f"--max_length must lie in 1..{positions}, {args.model}'s positions; got {args.max_length}")
     if args.chat_template:
@@ -228,9 +227,9 @@ def run(args: argparse.Namespace) -> dict:
         if args.output:
             unfinished = args.output.with_name(args.output.name + ".partial")
             with open(unfinished, "w") as file:
-                columns = texts.rows.select_columns(["where", "chosen", "rejected", "first"])
-                for row, size, in_order in zip(columns, sizes, ranked):
-                    r = rewards[row["first"] : row["first"] + size].tolist()
+                columns = texts.rows.select_columns(["where", "chosen", "rejected"])
+                for row, own, in_order in zip(columns, rewards.split(sizes.tolist()), ranked):
+                    r = own.tolist()
                     if in_order or not row["chosen"]:
                         found: dict = {"scores": r, "ranking": sorted(range(len(r)), key=lambda k: (-r[k], k))}
                     else:

@@ -47,14 +47,13 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    path = Path(source)
-    if path.suffix in (".csv", ".json", ".jsonl"):
-        reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}[path.suffix]
-        with open(path, encoding="utf-8-sig", newline="") as file:
+    reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}.get(Path(source).suffix)
+    if reader:
+        with open(source, encoding="utf-8-sig", newline="") as file:
             try:
                 yield from reader(source, file)
             except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
-                with open(path, "rb") as raw:
+                with open(source, "rb") as raw:
                     line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
                 raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     else:
