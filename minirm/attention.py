@@ -98,8 +98,7 @@ def probe_shared_rows(config, max_length=math.inf):
     config: as loaded, before `use_sdpa`; max_length: tokens of the longest text that will come. It counts where rotary
     frequencies change with the longest text of a batch (dynamic, longrope): exact up to there, refused beyond.
 
-    Decides by trying, on a small random model made from a shrunk copy of the config: hidden states and gradients in
-    fp32 on the CPU. Takes a second or less.
+    Decides by trying, in a second or less: hidden states and gradients of a small random model, in fp32 on the CPU.
     """
     try:
         with trying():

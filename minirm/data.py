@@ -270,9 +270,7 @@ def tokenise(
             yield group | {"prompt_pairs": total}, places
 
 
-def fit(
-    sides: list[list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str
-) -> tuple[int, dict[int, list[int]], set[int]]:
+def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str) -> tuple:
     """(tokens cut out of the prompt, {k: ids} of the texts that fit then, those of them whose answer is cut as well)."""
     ids, longest = dict(enumerate(sides)), max(map(len, sides))
     if longest <= max_length:
@@ -298,11 +296,9 @@ def fit(
     return cut, ids | {k: ids[k][: max_length - 1] + ids[k][-1:] for k in shortened}, shortened
 
 
-def to_group(
-    members: list[tuple], counts: list[Counter], every: bool
-) -> tuple[dict, list[tuple[dict, dict[int, int]]]]:
+def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[dict, list]:
     """Members (example, {k: ids of its k-th text}, [(chosen, rejected, margin)]) of one prompt -> one row of FEATURES,
-    and where each example's texts are in it. Texts that are not compared are left out unless `every`."""
+    and where each example's texts are in it (see `tokenise`). Texts that are not compared are left out unless `every`."""
     index: dict[tuple, int] = {}
     places, pairs = [], []
     for example, ids, compared in members:
@@ -370,10 +366,7 @@ def prompt_key(example: dict) -> int:
 
 
 def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """Some prompts at a time, each a list of its examples; in the order in which prompts first occur.
-
-    chosen: [N] bool, which examples.
-    """
+    """Some prompts at a time, each a list of its chosen ([N] bool) examples; in the order in which prompts first occur."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))

@@ -5,8 +5,7 @@ signature of a function or class and the beginning of what its docstring goes on
 sentence of the docstring. Rejected answers have as many words, so that length gives nothing away:
 
     shuffled   the same words in another order, except for the first and last: no capital or full stop inside
-    other      the first sentence of another docstring. Whether an answer belongs to its prompt is nearly beyond a model
-               this small, so that these are few
+    other      the first sentence of another docstring; few, since what belongs together is nearly beyond such a model
 
 The model is warmed up as a language model on the training prompts and their chosen answers, because most of its layers
 are frozen afterwards and have to hold something worth reading.

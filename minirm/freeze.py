@@ -20,8 +20,7 @@ class Frozen(NamedTuple):
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of transformer blocks of any decoder, and its name inside `model` ("transformer.h").
 
-    Raises ValueError, naming what was looked for and what is there, if there is none or more than one (an encoder and
-    a decoder).
+    Raises ValueError, naming what was looked for and what is there, if there is none, or an encoder's as well.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = [name for name in lists if name.rpartition(".")[2] in BLOCK_LIST_NAMES and len(lists[name])]
@@ -55,9 +54,7 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
         ratio: share of the blocks; `trained_layer_count` of them stay trainable. 0 freezes nothing at all; 1 freezes
             the whole trunk, final norm included, so that only a head outside of it is trained.
         embeddings: False leaves them trainable (the published code), and backward has to cross every frozen block.
-    Returns: Frozen(layers, parameters, total_layers).
-    Raises ValueError if ratio is outside 0..1, as `find_blocks` does, and if a block to freeze shares its weights with
-    one to train.
+    Raises ValueError if ratio is outside 0..1, as `find_blocks` does, and if frozen and trained blocks share weights.
     """
     name, blocks = find_blocks(model)
     decoder = model.get_submodule(name.rpartition(".")[0])
@@ -76,7 +73,6 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
             f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above, so they "
             "cannot be frozen apart; use a ratio of 0 or 1"
         )
-    names = [n for n, p in model.named_parameters() if p in frozen]
-    for n in names:
-        model.get_parameter(n).requires_grad_(False)
-    return Frozen(list(range(frozen_layers)), names, len(blocks))
+    for p in frozen:
+        p.requires_grad_(False)
+    return Frozen(list(range(frozen_layers)), [n for n, p in model.named_parameters() if p in frozen], len(blocks))

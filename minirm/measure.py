@@ -63,8 +63,7 @@ def calibration(chosen: Tensor, rejected: Tensor, buckets: int = 10) -> dict:
 
     `calibration`: a {"predicted", "observed", "pairs"} for each bucket, means over pairs with a like difference, buckets
     of like size. calibration_error: mean over the pairs of |predicted - observed| of their bucket (Guo et al., arXiv
-    1706.04599); by chance alone about 0.06 for 300 pairs. A tie, which predicts a half, counts as half right. Rewards
-    that are nan are left out.
+    1706.04599); by chance alone about 0.06 for 300 pairs. A tie predicts a half and is half right; nan is left out.
     """
     difference = (chosen - rejected).double()
     difference = difference[~difference.isnan()]

@@ -33,8 +33,7 @@ class Schema(NamedTuple):
 
 
 def recognise(row: dict) -> Schema:
-    """The schema of a file by its first row, with the names that its columns have there. Raises InputError if none fits,
-    or two."""
+    """The schema of a file by its first row, with the names of its columns there. InputError if none fits, or two."""
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"

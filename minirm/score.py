@@ -59,15 +59,14 @@ def load(name: str, dtype) -> tuple:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = (config.architectures or ["a model without a head"])[0]
-        if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
-            kind += f" with {config.num_labels} labels"
-            raise InputError(f"--model {name}: {kind}; give a reward model, that is one for sequences with one label")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-    except InputError:
-        raise
+        if fits := kind.endswith("ForSequenceClassification") and config.num_labels == 1:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     except Exception as error:  # noqa: BLE001 - no such folder, no weights, half a file: of many kinds
         raise InputError(f"--model {name}: no model folder or name that can be loaded ({one_line(error)})") from None
+    if not fits:
+        kind += f" with {config.num_labels} labels"
+        raise InputError(f"--model {name}: {kind}; give a reward model, that is one for sequences with one label")
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")
     return model.eval(), tokenizer

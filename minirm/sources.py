@@ -153,9 +153,7 @@ def file_digest(path: Path) -> str:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
-
-    Where several processes make the same one at once, that of the first stays; those of the others are as good.
-    """
+    Where several processes make the same one at once, that of the first stays; those of the others are as good."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
