@@ -39,10 +39,8 @@ class Batch:
         return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix.
-
-        A completion that has ended keeps its end reward.
-        """
+        """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix, and a
+        completion that has ended keeps its end reward."""
         per_completion = rewards.flatten()[self.places]
         return per_completion[self.chosen], per_completion[self.rejected]
 
@@ -81,14 +79,12 @@ def collate(
             # Two equal answers, which only evaluation meets, are compared at their end: a tie.
             start = min(common_prefix([tails[c], tails[r]]), end - 1)
             pairs.append((base + c, base + r, start, end, margin))
-        row: list[list[int]] | None = None
         for tail, real, whole in zip(tails, length, padded):
-            if row is None or row_layout == "separate" or sum(map(len, row)) + whole > row_limit:
-                row = [prefix]
-                rows.append(row)
+            if g not in group_of[-1:] or row_layout == "separate" or sum(map(len, rows[-1])) + whole > row_limit:
+                rows.append([prefix])
                 group_of.append(g)
-            located.append((len(rows) - 1, sum(map(len, row)), real, whole))
-            row.append(tail + [trlx_eos_id] * (whole - real))
+            located.append((len(rows) - 1, sum(map(len, rows[-1])), real, whole))
+            rows[-1].append(tail + [trlx_eos_id] * (whole - real))
 
     longest_text = max(len(row[0]) + max(map(len, row[1:])) for row in rows)
     shape = (len(rows), max(sum(map(len, row)) for row in rows))

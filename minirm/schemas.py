@@ -153,17 +153,14 @@ def ranked(row: dict) -> Example:
 SCHEMAS = [
     Schema("chosen and rejected", "chosen rejected", chosen_rejected),
     Schema("summarize_from_feedback", "info summaries choice", summarize_from_feedback),
-    Schema(
-        "HelpSteer",
-        "prompt|context response_1|response1 response_2|response2 preference_strength|overall_preference",
-        helpsteer,
-    ),
+    Schema("HelpSteer", "prompt|context response_1|response1 response_2|response2 "
+                        "preference_strength|overall_preference", helpsteer),
     Schema("SHP", "history human_ref_A human_ref_B labels", shp),
     Schema("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id|safer_response_id", safe_rlhf),
     Schema("lmarena conversations", "conversation_a conversation_b winner|winner_model_a", arena),
     Schema("lmarena responses", "prompt response_a response_b winner|winner_model_a", arena),
     Schema("ranked completions", "prompt completions", ranked),
-]
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+A_FILE = f"a {', '.join(FILE_TYPES)} file"
 
 
 class InputError(ValueError):
@@ -78,8 +79,7 @@ def _read_csv(source, file):
                     f"{len(reader.fieldnames)} column names; put texts with commas in double quotes"
                 )
             yield f"{source}:{reader.line_num}", row
-    except csv.Error as error:
-        # Where the row begins: the line behind the last good row.
+    except csv.Error as error:  # where the row begins: the line behind the last good row
         raise InputError(f"{source}:{reader.line_num + 1}: not CSV ({error})") from None
 
 
@@ -126,9 +126,7 @@ def _load(source: str) -> datasets.Dataset:
             return datasets.load_dataset("parquet", data_files=source, split="train")
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # noqa: BLE001 - the hub client's and pyarrow's own, many kinds; nothing of ours
-        raise InputError(
-            f"{source}: neither a {', '.join(FILE_TYPES)} file nor a dataset that can be loaded ({one_line(error)})"
-        ) from None
+        raise InputError(f"{source}: neither {A_FILE} nor a dataset that can be loaded ({one_line(error)})") from None
 
 
 def fingerprint(source: str) -> str:
@@ -138,7 +136,7 @@ def fingerprint(source: str) -> str:
     try:
         return file_digest(Path(source))
     except OSError as error:
-        raise InputError(f"{source}: {error.strerror or error}; expected a {', '.join(FILE_TYPES)} file") from None
+        raise InputError(f"{source}: {error.strerror or error}; expected {A_FILE}") from None
 
 
 def file_digest(path: Path) -> str:
@@ -155,9 +153,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
     Where several processes make the same one at once, that of the first stays; those of the others are as good."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-    ) as scratch:
+    beside = {"prefix": f"{folder.name}.", "dir": folder.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**beside) as scratch:
         new = Path(scratch) / folder.name
         new.mkdir()
         yield new
