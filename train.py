@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
         config, tokenizer = load_config(args.model, args.chat_template)
         model = empty_model(config)  # shapes without memory
         use_sdpa(model.trunk)
-        with refusing(f"--model {args.model}: its layers are not found", ValueError):
+        with refusing(f"--model {args.model}: its layers cannot be frozen", ValueError):
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
         data = prepare(
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,

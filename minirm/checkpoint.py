@@ -83,7 +83,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 
 def check_output(output: Path, choice: str) -> None:
-    """Raises InputError if the output folder cannot be this run's, before any data is read. Makes nothing."""
+    """Raises InputError if the output folder cannot be this run's, before any data is read. Leaves nothing behind."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     with refusing(f"--output_dir {output}: {there} is not a folder that can be written", OSError, "; choose another"):
         tempfile.TemporaryFile(dir=there).close()

@@ -6,8 +6,7 @@ differ tie by accident. B = pairs, T = tokens counted from any origin that the t
 `margin` [B], in units of reward, is what the chosen answer has to be ahead by (Llama 2, arXiv 2307.09288, eq. 2).
 `weight` [B] turns the mean over pairs into a weighted one: 1 / (comparisons of its prompt) lets a prompt with many of
 them count as one (InstructGPT, arXiv 2203.02155, section 3.5). reduction="none" gives each pair's loss [B], times its
-weight, instead of their mean. Losses are scalars in fp32 (fp64 for fp64 rewards). Shapes other than those named, [B, 1]
-for [B] above all, raise ValueError instead of being broadcast.
+weight, instead of their mean.
 """
 
 import torch
@@ -19,7 +18,7 @@ def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     """First position at which the two token sequences of each pair differ.
 
     Args: chosen_ids, rejected_ids: [B, T] integers, padded alike. Returns: [B] int64.
-    Raises ValueError for a pair whose two sides are the same.
+    Raises ValueError for other shapes, and for a pair whose two sides are the same.
     """
     _check_shapes(chosen_ids=chosen_ids, rejected_ids=rejected_ids, dims=2)
     differs = chosen_ids != rejected_ids
@@ -45,20 +44,22 @@ def divergence_loss(
     The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs. What
     lies outside [start, end) has no influence, not even when it is infinite or nan.
 
-    Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T.
-    Raises ValueError for an empty range. On a GPU ranges are not looked at, since that would stop the queue every step:
-    an empty one gives nan.
+    Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T; margin,
+        weight, reduction: see above.
+    Returns: scalar in fp32 (fp64 for fp64 rewards).
+    Raises ValueError for other shapes and for an empty range. On a GPU ranges are not looked at, since that would
+    stop the queue every step: an empty one gives nan.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=2)
     _check_shapes(start=start, end=end, dims=1)
     if len(start) != len(chosen_rewards):
         raise ValueError(f"start has {len(start)} entries for {len(chosen_rewards)} pairs of rewards")
-    T = chosen_rewards.shape[1]
-    if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= T)).all():
+    if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= chosen_rewards.shape[1])).all():
         raise ValueError(
-            f"expected 0 <= start < end <= {T} for every pair, got start={start.tolist()} end={end.tolist()}"
+            f"expected 0 <= start < end <= {chosen_rewards.shape[1]} for every pair, "
+            f"got start={start.tolist()} end={end.tolist()}"
         )
-    t = torch.arange(T, device=chosen_rewards.device)
+    t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
     # Masked before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
     difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)
@@ -77,7 +78,12 @@ def pairwise_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin), rewards [B]."""
+    """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin).
+
+    Args: chosen_rewards, rejected_rewards: [B] floats; margin, weight, reduction: see above. Returns: scalar in fp32
+    (fp64 for fp64 rewards). Raises ValueError for other shapes; in particular a [B, 1] margin is refused instead of
+    being broadcast to [B, B].
+    """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
     if margin is not None:
@@ -89,18 +95,19 @@ def pairwise_loss(
 def centering_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Mean over pairs of (chosen + rejected)^2, rewards [B]: what keeps them around zero, which pairs alone leave open.
+    """Mean over pairs of (chosen + rejected)^2: what keeps rewards around zero, which pairs alone leave open.
 
-    Eisenstein et al., arXiv 2312.09244; added to a loss with a small coefficient, 0.01 there.
+    Eisenstein et al., arXiv 2312.09244; added to a loss with a small coefficient, 0.01 there. Args, returns,
+    raises: as `pairwise_loss`.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     return _reduced((_at_least_fp32(chosen_rewards) + _at_least_fp32(rejected_rewards)) ** 2, weight, reduction)
 
 
 def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Share of pairs whose chosen reward is the greater one: [B], [B] floats -> scalar in 0..1, fp32.
+    """Share of pairs whose chosen reward is the greater one. A tie is not correct: a constant scorer has accuracy 0.
 
-    A tie is not correct: a constant scorer has accuracy 0.
+    Args: chosen_rewards, rejected_rewards: [B] floats. Returns: scalar in 0..1, fp32. Raises ValueError for other shapes.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     return (chosen_rewards > rejected_rewards).float().mean()

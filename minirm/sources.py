@@ -26,8 +26,8 @@ def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
     """Turns whatever of these kinds goes wrong inside into an InputError: what, why, and what to do."""
     try:
         yield
-    except kinds as error:
-        raise InputError(f"{what} ({one_line(error)}){advice}") from None
+    except kinds as error:  # an OSError's own text names a path, maybe of a temporary file
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or one_line(error)}){advice}") from None
 
 
 class Parser(argparse.ArgumentParser):
