@@ -144,10 +144,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         memory = torch.cuda.get_device_properties("cuda").total_memory
     else:  # which the processes of this machine divide between them
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    least = torch.tensor(memory, dtype=torch.float64)  # of all: if one kept what another gathers, both would wait
+    dist.all_reduce(least, dist.ReduceOp.MIN)
     # A process that has a copy of its own has nothing to gather, so it need not throw gathered parameters away either.
     alone = mesh.shape[-1] == 1
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (False, True)]
-    stay, once = what_stays(*(n * dtype.itemsize for n in counts), memory, alone, offload, frozen_share)
+    stay, once = what_stays(*(n * dtype.itemsize for n in counts), least.item(), alone, offload, frozen_share)
     ignored = frozen if alone and stay else set()
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not once, "ignored_params": ignored}
     if offload:

@@ -73,6 +73,19 @@ def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, mod
     assert shown == [6, 6, 6, 8, 8, 10]
 
 
+def test_processes_of_unlike_memory_gather_the_same_units_at_the_same_time(server, model_folder, tmp_path):
+    """The second of two has room for nothing: so the first one keeps nothing either, or each would wait for the other."""
+    data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
+    flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 2]
+    small = """
+import os
+asked = os.sysconf
+os.sysconf = lambda name: 1 if rank == 1 and name == "SC_PHYS_PAGES" else asked(name)
+"""
+    run = server.run(*flags, "--output_dir", tmp_path / "run", world=2, patch=small, timeout=60)
+    assert run.codes == [0, 0], run.text()[-3000:]
+
+
 def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(server, model_folder, tmp_path):
     """frozen_share=0 leaves no memory for whole frozen parameters. Two processes, fp32 and bf16, equal to the bit."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
