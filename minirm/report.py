@@ -205,11 +205,11 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
 
     Then every process writes its Chrome trace to `output`, and the first one prints where the time went.
     """
-    if not steps:
-        return lambda: None
     rank = dist.get_rank()
-    if coming < steps + 2 and rank == 0:
-        print(f"--profile {steps} needs {steps + 2} steps, only {coming} are to come: nothing is profiled")
+    if not steps or coming < steps + 2:
+        if steps and rank == 0:
+            print(f"--profile {steps} needs {steps + 2} steps, only {coming} are to come: nothing is profiled")
+        return lambda: None
 
     def done(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(output / f"trace-rank{rank}.json.gz"))
