@@ -192,8 +192,10 @@ def train(args: argparse.Namespace) -> None:
     weights = pairs["train"]
     if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
         weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
+    recipe = checkpoint.make_recipe(args, data, config, tokenizer, world_size)
+    checkpoint.all_alike(recipe, patient)  # every machine has read data and model for itself
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
-    run = shard.on_first_process(patient, checkpoint.open_run, args, data, config, tokenizer, world_size)
+    run = shard.on_first_process(patient, checkpoint.open_run, args, recipe, world_size)
     start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
     batch_size, asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
     accumulation = args.gradient_accumulation_steps = checkpoint.accumulation(run, world_size, batch_size, asked)

@@ -113,7 +113,7 @@ def hold(output: Path) -> None:
         pass  # some network file systems have no locks
 
 
-def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> Run:
+def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
     """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
 
     Raises InputError if another process trains there, its run is another than this one, or what was asked for not whole.
@@ -141,7 +141,7 @@ def open_run(args: Namespace, data: Prepared, config, tokenizer, processes: int)
             f"--output_dir {output} holds a run that has got further than {folder}; leave --resume_from_checkpoint away to "
             "go on with it, or choose another --output_dir"
         )
-    recipe, finished = make_recipe(args, data, config, tokenizer, processes), record.pop("finished", None)
+    finished = record.pop("finished", None)
     for saved in (record, state):
         if changed := differences(saved.get("recipe", {}), recipe):
             raise InputError(
@@ -160,6 +160,15 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
         "--train_data": data.sources["train"],
         "--eval_data": data.sources["eval"],
     }
+
+
+def all_alike(recipe: dict, group) -> None:
+    """Raises InputError on all processes if one has another recipe than the first: on its machine are other files, say."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, recipe, group=group)
+    for rank, other in enumerate(everyone):
+        if changed := differences(everyone[0], other):
+            raise InputError(f"process {rank} was given another run than process 0: {'; '.join(changed)}")
 
 
 def model_fingerprint(name: str, config) -> str:

@@ -125,6 +125,25 @@ def test_another_recipe_data_or_model_is_refused_with_all_differences(server, in
     assert contents(finished) == before
 
 
+def test_processes_that_were_given_different_things_are_refused_with_all_differences(server, inputs, tmp_path):
+    """As on two machines, one of which has older files or was started by another command."""
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
+    patch = f"""
+parse = train.parse_args
+def parse_args(argv):
+    args = parse(argv)
+    if rank == 1:
+        args.train_data, args.learning_rate = ["{other}"], 2e-3
+    return args
+train.parse_args = parse_args
+"""
+    run = server.run(*inputs, "--output_dir", tmp_path / "run", world=2, patch=patch)
+    assert run.codes == [2, 2], run.text()[-3000:]
+    (line,) = [line for line in run.text().splitlines() if "error:" in line]
+    assert "process 1 was given another run than process 0: --train_data: the content has changed; --learn" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, inputs, finished, tmp_path):
     """Linear, 3 steps of warm-up: after step s of n the rate is lr * (n - s) / (n - 3)."""
     flags = [*inputs, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "linear", "--eval_steps", 0]
