@@ -50,7 +50,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder){half}
 
 def reward(prompts, completions, **_):
-    texts = [p + {args.separator!r} + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
+    gap = lambda p, c: {args.separator!r} if p[-1:].strip() and c[:1].strip() else ""  # none where whitespace stands
+    texts = [p + gap(p, c) + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
     batch = tokenizer(texts, padding=True, truncation=True, max_length={args.max_length}, return_tensors="pt")
     with torch.no_grad():
         return model(**batch).logits[:, 0].tolist()

@@ -14,11 +14,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
+from conftest import CONFIGS, ROOT, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
 from safetensors.torch import load_file
 from test_model import load, state
 
 from minirm import checkpoint, score
+from minirm.data import join
 from minirm.model import export
 
 FAMILIES = sorted(CONFIGS)
@@ -156,6 +157,18 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     answers = classify(texts, batch_size=8)
     assert {text: answer["score"] for text, answer in zip(texts, answers)} == wanted
     assert {answer["label"] for answer in answers} == {"LABEL_0"}
+
+
+def test_the_functions_in_card_and_readme_join_prompt_and_answer_as_training_does(trained):
+    folder, _ = trained("llama")
+    parts = [("a", "b"), ("a question:", " an answer"), ("a\n", "an answer"), ("", "an answer"), ("a", "")]
+    texts = [join(*part, "\n") + "<|endoftext|>" for part in parts]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    wanted = in_batches(model, transformers.AutoTokenizer.from_pretrained(folder), texts, 1)
+    for page in (folder / "README.md", ROOT / "README.md"):
+        code = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0]
+        exec(code.replace("runs/mine", str(folder)), names := {"folder": folder})  # noqa: S102 - of our own making
+        assert names["reward"](*zip(*parts)) == pytest.approx([wanted[text] for text in texts], abs=1e-4), page
 
 
 @pytest.mark.parametrize("family", FAMILIES)
