@@ -130,7 +130,7 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
         if total[key] or key in ("read", "kept"):
             lines.append((clear.get(key, key), *(f"{count[key]:,}" for count in counts)))
     if row_layout == "shared":
-        saved = (1 - count["shared tokens"] / max(1, count["separate tokens"]) for count in counts)
+        saved = ((c["separate tokens"] - c["shared tokens"]) / max(1, c["separate tokens"]) for c in counts)
         lines.append(("saved", *(f"{share:.1%}" for share in saved)))
     for which in ("longer", "shorter"):
         shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)

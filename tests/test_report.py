@@ -122,6 +122,14 @@ def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_re
     assert len({len(line) for line in lines[4:]}) == 1  # columns stand under each other
 
 
+def test_a_file_of_which_nothing_is_kept_saves_nothing(tokenizer, tmp_path):
+    ties = str(write_jsonl(tmp_path / "ties.jsonl", [TRAIN[0] | {"margin": 0}]))
+    source = str(write_jsonl(tmp_path / "x.jsonl", TRAIN[:3]))
+    data = prepare(tokenizer, [source, ties], [source], separator="|", cache_dir=tmp_path)
+    (saved,) = (line.split() for line in data_table(data.report, "shared").splitlines() if line.startswith("saved"))
+    assert saved[2] == "0.0%" != saved[1]
+
+
 def test_held_out_comparisons_are_in_the_table(tokenizer, tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": ELEVEN, "rejected": NINE} for i in range(20)]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
