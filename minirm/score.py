@@ -187,8 +187,8 @@ def run(args: argparse.Namespace) -> dict:
     """All of it; returns what goes to stdout."""
     for source in args.data:
         fingerprint(source)  # refuses what is not there, before the model is loaded
-    if args.output and not args.output.parent.is_dir():
-        raise InputError(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.output and (args.output.is_dir() or not ((p := args.output.parent).is_dir() and os.access(p, os.W_OK))):
+        raise InputError(f"--output {args.output}: not a file that can be written; name one in a folder that is there")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = "auto" if device.type == "cuda" else torch.float32
     model, tokenizer = load(args.model, DTYPES.get(args.precision, auto))
