@@ -121,6 +121,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 def _load(source: str) -> datasets.Dataset:
     """A Parquet file, or a dataset by name or name:split."""
     name, _, split = source.partition(":")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
     try:
         if Path(source).suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=source, split="train")

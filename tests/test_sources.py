@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 
 import datasets
 import pytest
@@ -173,7 +174,8 @@ def test_bytes_that_are_not_utf8_in_an_array_are_named_with_their_line(tmp_path)
     assert refusal(read_rows, f"{tmp_path}/x.json").startswith(f"{tmp_path}/x.json:3: not UTF-8 (invalid start byte)")
 
 
-def test_a_damaged_parquet_file_is_refused(tmp_path):
+def test_a_damaged_parquet_file_is_refused_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # so that caplog sees what it says by itself
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     message = refusal(read_rows, f"{tmp_path}/x.parquet")
-    assert message.startswith(f"{tmp_path}/x.parquet: neither a ")
+    assert message.startswith(f"{tmp_path}/x.parquet: neither a ") and caplog.text == ""
