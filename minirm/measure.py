@@ -93,6 +93,12 @@ def by_name(names: Iterable[Iterable[str]]) -> dict[str, Tensor]:
     return {name: torch.tensor(list(found[name])) for name in sorted(found.keys() - {""})}
 
 
+def file_names(files: list[str]) -> list[str]:
+    """What the files are called where they are told apart: helpful/test.jsonl and harmless/test.jsonl by all of that."""
+    stems = [Path(file).stem if len(files) > 1 else "" for file in files]
+    return [stem if stems.count(stem) == 1 else file for stem, file in zip(stems, files)]
+
+
 def right_by_tenth(chosen: Tensor, rejected: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Share of places with c_t > r_t in each tenth of start <= t < end: [P, T], [P, T], [P], [P] -> [P, 10] fp64.
 
@@ -122,7 +128,7 @@ def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
 
     Args: files: that the data came from; several are told apart. by_prompt: a pair weighs 1 / (pairs of its prompt).
     """
-    of_file = [Path(file).stem if len(files) > 1 else "" for file in files]
+    of_file = file_names(files)
     prompt, tokens, weight, names, number, left = [], [], [], [], -1, 0
     for row in groups:
         if not left:  # the groups of a prompt, several where some of its pairs are cut, follow each other

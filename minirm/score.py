@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
 from minirm.data import Texts, by_prompt, set_chat_template, store, tokenise, unescaped
-from minirm.measure import agreement, by_name, calibration
+from minirm.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
 from minirm.sources import InputError, Parser, as_json, fingerprint, one_line
@@ -154,7 +154,7 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
         rewards[first[example] + torch.tensor(pc.list_flatten(texts.rows.data.column(side)).to_numpy())]
         for side in ("chosen", "rejected")
     )
-    prompt, file = texts.keys[example], [Path(source).stem if len(sources) > 1 else "" for source in sources]
+    prompt, file = texts.keys[example], file_names(sources)
     columns = texts.rows.select_columns(["subset", "source", "chosen"])
     names = by_name((row["subset"], file[row["source"]]) for row in columns for _ in row["chosen"])
     return {

@@ -12,6 +12,7 @@ from minirm.measure import (
     by_name,
     calibration,
     describe,
+    file_names,
     final_report,
     headline,
     histogram,
@@ -168,6 +169,8 @@ def test_names_of_subsets_and_files():
     names = [("chat", "a"), ("", "a"), ("chat", "b"), ("a", "b")]
     assert {k: v.tolist() for k, v in by_name(names).items()} == {"a": [0, 1, 3], "b": [2, 3], "chat": [0, 2]}
     assert by_name([("",), ("", "")]) == {}
+    assert file_names(["some/a.jsonl", "b.csv"]) == ["a", "b"] and file_names(["a.jsonl"]) == [""]
+    assert file_names(["x/a.jsonl", "b.csv", "y/a.jsonl"]) == ["x/a.jsonl", "b", "y/a.jsonl"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9, 10, 11, 19, 20, 137])
