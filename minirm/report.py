@@ -51,7 +51,7 @@ model = AutoModelForSequenceClassification.from_pretrained(folder){half}
 
 def reward(prompts, completions, **_):
     gap = lambda p, c: {args.separator!r} if p[-1:].strip() and c[:1].strip() else ""  # none where whitespace stands
-    texts = [p + gap(p, c) + c + tokenizer.eos_token for p, c in zip(prompts, completions)]
+    texts = [p + gap(p, c) + c{plus_eos} for p, c in zip(prompts, completions)]
     batch = tokenizer(texts, padding=True, truncation=True, max_length={args.max_length}, return_tensors="pt")
     with torch.no_grad():
         return model(**batch).logits[:, 0].tolist()
@@ -172,6 +172,7 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     rows = [row for row in read_rows(output) if row.get("eval_loss") is not None] or [result]  # null: not finite
     ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
     curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
+    added = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # by the tokenizer itself: in no text then
     rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
     return CARD.format(
         base_model="" if Path(args.model).exists() else f"base_model: {args.model}\n",
@@ -180,7 +181,8 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
         half="" if args.precision == "fp32" else rounded,
         chat=CHAT if tokenizer.chat_template else "",
         eos=tokenizer.eos_token,
-        text=json.dumps(f"prompt{args.separator}answer{tokenizer.eos_token}"),
+        plus_eos="" if added else " + tokenizer.eos_token",
+        text=json.dumps(f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"),
         result=result,
         counts=totals(report["train"]),
         recipe=" ".join(f"--{flag}" if value is True else f"--{flag} {_typed(value)}" for flag, value in said),

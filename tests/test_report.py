@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import make_comparisons, make_model, make_tokenizer, write_jsonl
+from tokenizers.processors import TemplateProcessing
 
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
@@ -270,6 +271,15 @@ def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluation
     table = re.findall(r"^\| ([\d,]+) \| 0\.5000 \| 0\.7123 \|$", text, re.MULTILINE)
     assert len(table) == 10 and table[0] == "0" and table[-1] == "4,000"
     assert text.endswith("![curves](curves.png)\n")
+
+
+def test_the_model_card_leaves_eos_to_a_tokenizer_that_adds_it(data, tokenizer, tmp_path):
+    assert "c + tokenizer.eos_token for p, c" in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
+    adding = make_tokenizer()
+    special = [(adding.eos_token, adding.eos_token_id)]
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=special)
+    text = card(data, adding, tmp_path, [EVALUATION], EVALUATION)
+    assert " + c for p, c in" in text and r'["prompt\nanswer"]' in text and "+ tokenizer.eos_token" not in text
 
 
 def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(data, tmp_path):
