@@ -40,7 +40,7 @@ anything. Trained from `{model}` with minirm.
 
 ## Use
 
-The reward is read at `{eos}`, so every text ends with it. Pad on the right.
+The reward is read at `{eos}`, so every text ends with it. Pad on the right.{published}
 
 ```python
 import torch
@@ -90,6 +90,11 @@ it is tokenised with `add_special_tokens=False`. That is what TRL does with mess
 """
 
 
+# What it says besides, and the start, with --loss trlx.
+PUBLISHED = """--loss trlx, as published, reads both rewards at the place before the longer answer's EOS, for held-out figures as
+well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
+
+
 def start_report(
     args, data: Prepared, tokenizer, model, frozen: Frozen, layout: str, not_shared: str | None, sample: list[Batch]
 ) -> str:
@@ -106,6 +111,7 @@ def start_report(
     alone = args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1
     for said, line in (
         (not_shared, f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}"),
+        (args.loss == "trlx", PUBLISHED),
         (margins and args.loss == "trlx", "warning: --loss trlx is as published: the data's margins have no effect"),
         (args.margin_scale != 1 and not margins, "warning: no margins in the data: --margin_scale has no effect"),
         (alone, "warning: one comparison a prompt: --pair_weight has no effect"),
@@ -181,6 +187,7 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
         half="" if args.precision == "fp32" else rounded,
         chat=CHAT if tokenizer.chat_template else "",
         eos=tokenizer.eos_token,
+        published=f"\n\n{PUBLISHED}" if args.loss == "trlx" else "",
         plus_eos="" if added else " + tokenizer.eos_token",
         text=json.dumps(f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"),
         result=result,

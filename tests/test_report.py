@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from minirm.data import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
-from minirm.report import data_table, freeze_line, marked_pair, model_card, profile_table, start_report
+from minirm.report import PUBLISHED, data_table, freeze_line, marked_pair, model_card, profile_table, start_report
 from minirm.rows import collate
 
 
@@ -203,7 +203,10 @@ def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
     batches = [collate(part, row_layout="shared", pad_id=0, row_limit=1000) for part in (groups[:1], groups[1:])]
     args = SimpleNamespace(loss="divergence", margin_scale=1.0, pair_weight="pair")
     report = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches)
-    assert report.startswith("  --loss 'divergence'\n") and "warning" not in report
+    assert report.startswith("  --loss 'divergence'\n") and "warning" not in report and PUBLISHED not in report
+    args = SimpleNamespace(loss="trlx", margin_scale=1.0, pair_weight="pair")
+    published = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches)
+    assert PUBLISHED in published
     assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
     # The first batch is one row without padding; in the second every row is as long as its longest.
     rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]
@@ -226,11 +229,11 @@ EVALUATION = {
 }
 
 
-def card(data, tokenizer, folder, rows, result):
+def card(data, tokenizer, folder, rows, result, loss="divergence"):
     write_jsonl(folder / "metrics.jsonl", rows)
     flags = {
         "model": "some/model",
-        "loss": "divergence",
+        "loss": loss,
         "train_data": ["/home/me/x y.jsonl", "b.csv"],
         "output_dir": "/home/me",
     }
@@ -271,6 +274,11 @@ def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluation
     table = re.findall(r"^\| ([\d,]+) \| 0\.5000 \| 0\.7123 \|$", text, re.MULTILINE)
     assert len(table) == 10 and table[0] == "0" and table[-1] == "4,000"
     assert text.endswith("![curves](curves.png)\n")
+
+
+def test_the_card_of_a_model_trained_with_the_published_loss_says_where_its_figures_are_read(data, tokenizer, tmp_path):
+    assert PUBLISHED in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION, loss="trlx")
+    assert "trlx" not in card(data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
 
 
 def test_the_model_card_leaves_eos_to_a_tokenizer_that_adds_it(data, tokenizer, tmp_path):
