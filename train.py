@@ -139,7 +139,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--keep": args.eval_steps == 0, "--cpu_offload": not torch.cuda.is_available() and not args.plan,
         "--world_size": not args.plan, "--device": not args.plan,
     }  # fmt: skip
-    for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in (argv or sys.argv)]:
+    given = {word.partition("=")[0] for word in (sys.argv if argv is None else argv)}
+    for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in given]:
         beside = "without a GPU" if flag == "--cpu_offload" else "beside the other flags"
         print0(f"train.py: warning: {flag} has no effect {beside}")
     return args

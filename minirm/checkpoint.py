@@ -122,8 +122,8 @@ def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
     hold(output)
     record, state, folder, problem = {}, {}, None, ""
     try:
-        record = json.loads((output / RUN).read_text()) if (output / RUN).exists() else {}
-    except ValueError:
+        record = dict(**json.loads((output / RUN).read_text())) if (output / RUN).exists() else {}
+    except (ValueError, TypeError):  # TypeError: JSON, but no object
         problem = f"{output / RUN} cannot be read"
     own = checkpoints(output)
     given = choice not in ("auto", "none") and not (restarted() and own)

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirm import schemas, sources
-from minirm.sources import InputError, fingerprint, one_line, read_rows, whole_folder
+from minirm.sources import InputError, fingerprint, one_line, read_rows, refusing, whole_folder
 
 MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, little enough for memory
@@ -82,10 +82,8 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     """
     flag = f"--chat_template {path}"
     if path:
-        try:
-            tokenizer.chat_template = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{flag}: not a Jinja file that can be read ({one_line(error)})") from None
+        with refusing(f"{flag}: not a Jinja file that can be read", (OSError, UnicodeDecodeError)):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         return
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -121,10 +119,8 @@ def render(tokenizer, messages: schemas.Messages, where: str) -> str:
             f"{where}: messages, but the tokenizer has no chat template; give one with --chat_template FILE, or use a "
             "model that has been trained to chat"
         )
-    try:
+    with refusing(f"{where}: the chat template refuses these messages"):  # whatever Jinja code can raise
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
-        raise InputError(f"{where}: the chat template refuses these messages ({one_line(error)})") from None
 
 
 def unescaped(text: str) -> str:

@@ -5,7 +5,6 @@ curves.png. What was not measured (rows of an older minirm, a run that was kille
 from elsewhere: TensorBoard and Weights & Biases.
 """
 
-import argparse
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from minirm.sources import InputError, one_line, refusing
+from minirm.sources import InputError, Parser, one_line, refusing
 
 # Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -192,13 +191,12 @@ def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minirm.plot", description=__doc__.partition("\n")[0])
+    parser = Parser("python -m minirm.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of a run of train.py")
     parser.add_argument("--output", type=Path, help="picture to write; default: curves.png, of one run in its folder")
-    args = parser.parse_args(argv)
-    picture = args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png"
     try:
-        save_curves(args.runs, picture)
+        args = parser.parse_args(argv)
+        save_curves(args.runs, args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png")
     except InputError as error:
         print(f"minirm.plot: error: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ from minirm.data import Texts, by_prompt, set_chat_template, store, tokenise, un
 from minirm.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
-from minirm.sources import InputError, Parser, as_json, fingerprint, one_line
+from minirm.sources import InputError, Parser, as_json, fingerprint, refusing
 
 WORTH_SHARING = 0.9  # of the tokens: a row of several completions needs a mask, which costs as much as it saves
 
@@ -53,23 +53,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(name: str, dtype) -> tuple:
-    """(model in evaluation mode, tokenizer). Raises InputError for what is not a reward model with one label."""
-    options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
-    try:
+def load_config(name: str) -> tuple:
+    """(config, tokenizer). Raises InputError for what is not a reward model with one label."""
+    with refusing(f"--model {name}: no model folder or name that can be loaded"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = (config.architectures or ["a model without a head"])[0]
-        if fits := kind.endswith("ForSequenceClassification") and config.num_labels == 1:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-    except Exception as error:  # noqa: BLE001 - no such folder, no weights, half a file: of many kinds
-        raise InputError(f"--model {name}: no model folder or name that can be loaded ({one_line(error)})") from None
-    if not fits:
+    kind = (config.architectures or ["a model without a head"])[0]
+    if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
         kind += f" with {config.num_labels} labels"
         raise InputError(f"--model {name}: {kind}; give a reward model, that is one for sequences with one label")
+    with refusing(f"--model {name}: its tokenizer cannot be loaded"):
+        return config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def load_model(name: str, config, dtype):
+    """In evaluation mode. Raises InputError if its weights cannot be loaded, or are not all there."""
+    options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    with refusing(f"--model {name}: its weights cannot be loaded"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 # Rows of a forward pass are groups without comparisons (see data.py). Under "places" they have, of each completion, the
@@ -191,9 +194,9 @@ def run(args: argparse.Namespace) -> dict:
         raise InputError(f"--output {args.output}: not a file that can be written; name one in a folder that is there")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = "auto" if device.type == "cuda" else torch.float32
-    model, tokenizer = load(args.model, DTYPES.get(args.precision, auto))
-    positions = min(getattr(model.config, "max_position_embeddings", 1 << 20), tokenizer.model_max_length, 1 << 20)
-    trained = {"separator": "\n", "max_length": positions} | getattr(model.config, "minirm", {})
+    config, tokenizer = load_config(args.model)
+    positions = min(getattr(config, "max_position_embeddings", 1 << 20), tokenizer.model_max_length, 1 << 20)
+    trained = {"separator": "\n", "max_length": positions} | getattr(config, "minirm", {})
     separator = trained["separator"] if args.separator is None else args.separator
     args.max_length = trained["max_length"] if args.max_length is None else args.max_length
     if not 0 < args.max_length <= positions:
@@ -208,8 +211,9 @@ def run(args: argparse.Namespace) -> dict:
         sizes = torch.tensor(pc.list_value_length(texts.rows.data.column("texts")).to_numpy()).long()  # [N] completions
         first = sizes.cumsum(0) - sizes
         texts = texts._replace(rows=texts.rows.add_column("first", first.numpy()))
+        model = load_model(args.model, config, DTYPES.get(args.precision, auto)).to(device)
         since = time.perf_counter()
-        rewards = score(texts, int(sizes.sum()), model.to(device), tokenizer, args)
+        rewards = score(texts, int(sizes.sum()), model, tokenizer, args)
         seconds = time.perf_counter() - since
         result = {
             "model": args.model, "data": args.data, "prompts": len(texts.keys.unique()), "completions": len(rewards),

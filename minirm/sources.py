@@ -122,12 +122,10 @@ def _load(source: str) -> datasets.Dataset:
     """A Parquet file, or a dataset by name or name:split."""
     name, _, split = source.partition(":")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
-    try:
+    with refusing(f"{source}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors, pyarrow's
         if Path(source).suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=source, split="train")
         return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # noqa: BLE001 - the hub client's and pyarrow's own, many kinds; nothing of ours
-        raise InputError(f"{source}: neither {A_FILE} nor a dataset that can be loaded ({one_line(error)})") from None
 
 
 def fingerprint(source: str) -> str:

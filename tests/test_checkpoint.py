@@ -402,6 +402,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(ser
     assert first.wait() == [0]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "7"])
+def test_a_record_that_was_edited_into_something_else_is_refused(server, inputs, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    run = server.run(*inputs, "--output_dir", tmp_path / "run")
+    assert run.codes == [2] and "run.json cannot be read; give a whole checkpoint" in run.text()
+
+
 # -- The files. ----------------------------------------------------------------------------------------------------------
 
 

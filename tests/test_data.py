@@ -656,7 +656,7 @@ def test_messages_that_the_template_refuses_are_named(tmp_path):
 @pytest.mark.parametrize(
     "content, why",
     [
-        (None, "not a Jinja file that can be read ([Errno 2] No such file or directory"),
+        (None, "not a Jinja file that can be read (No such file or directory"),
         (b"\xff", "not a Jinja file that can be read ('utf-8' codec can't decode"),
         (b"{% for m in messages %}", "cannot render a question and an answer (Unexpected end of template"),
         (b"{{ messages[5].content }}", "cannot render a question and an answer ("),

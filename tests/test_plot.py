@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content):
         plot.read_rows(tmp_path)
 
 
-def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(tmp_path):
+def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(tmp_path, capsys):
     a, b = write_run(tmp_path / "a", RUN), write_run(tmp_path / "b", OLD)
     assert plot.main([str(a)]) == plot.main([str(a), str(b), "--output", str(tmp_path / "both.png")]) == 0
     for picture in (a / "curves.png", tmp_path / "both.png"):
@@ -151,6 +151,9 @@ def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "not a run" in result.stderr
     assert plot.main([str(a), "--output", str(tmp_path / "curves.nothing")]) == 2
     assert plot.main([str(a), "--output", str(tmp_path / "nowhere" / "curves.png")]) == 2
+    capsys.readouterr()
+    assert plot.main([]) == 2
+    assert capsys.readouterr().err == "minirm.plot: error: the following arguments are required: RUN\n"
 
 
 def test_drawing_leaves_the_global_backend_alone(tmp_path):

@@ -198,7 +198,10 @@ def test_an_encoder_with_one_label_is_scored_with_its_own_special_tokens(capsys,
     ],
     ids=str,
 )
-def test_bad_input_is_refused_in_one_line(exported, model_folder, capsys, tmp_path, flags, message):
+def test_bad_input_is_refused_in_one_line_before_the_weights_are_read(
+    exported, model_folder, capsys, monkeypatch, tmp_path, flags, message
+):
+    monkeypatch.setattr(score, "load_model", None)
     transformers.LlamaConfig(num_labels=2, architectures=["LlamaForSequenceClassification"]).save_pretrained(
         tmp_path / "two"
     )

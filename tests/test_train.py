@@ -426,8 +426,9 @@ def test_what_the_data_leaves_without_effect_is_named(
 
 def test_a_flag_without_effect_is_named_and_no_other(capsys):
     train = importlib.import_module("train")
-    train.parse_args(["--model", "x", "--max_steps", "5", "--num_train_epochs", "3", "--warmup_steps", "3"])
-    assert capsys.readouterr().err == "train.py: warning: --num_train_epochs has no effect beside the other flags\n"
+    for epochs in (["--num_train_epochs", "3"], ["--num_train_epochs=3"]):
+        train.parse_args(["--model", "x", "--max_steps", "5", *epochs, "--warmup_steps", "3"])
+        assert capsys.readouterr().err == "train.py: warning: --num_train_epochs has no effect beside the other flags\n"
 
 
 def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
