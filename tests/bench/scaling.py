@@ -1,6 +1,6 @@
 """Weak scaling: pairs per second and process over 1, 2 and 4 processes, and the bytes they send.
 
-    python tests/bench/scaling.py [--width 256] [--layers 12] [--repeat 3] [--processes 1 2 4]
+    python tests/bench/scaling.py [--width 256] [--layers 12] [--repeat 5] [--processes 1 2 4]
 
 The real train.py, every process pinned to a core of its own with one thread, every one with 4 prompts a step of which
 70 % of the layers are frozen. Numbers of processes take turns. Run it when nothing else runs: the load is printed.
@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
 
