@@ -261,8 +261,8 @@ def train(args: argparse.Namespace) -> None:
     def log(row: dict) -> None:
         """One line of metrics.jsonl, on rank 0."""
         if rank == 0:
-            line = as_json(row) + "\n"
-            with checkpoint.writing(output / "metrics.jsonl", len(line)), open(output / "metrics.jsonl", "a") as file:
+            line, path = as_json(row) + "\n", output / checkpoint.METRICS
+            with checkpoint.writing(path, len(line)), open(path, "a") as file:
                 file.write(line)
             trackers[0](row)
             if "eval_loss" in row:

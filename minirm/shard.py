@@ -154,9 +154,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": not once, "ignored_params": ignored}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    blocks = [block for block in find_blocks(model)[1] if not ignored.issuperset(block.parameters())]
+    layers = find_blocks(model)[1]
+    blocks = [block for block in layers if not ignored.issuperset(block.parameters())]
     # Embeddings, and what else is frozen outside the blocks, are units of their own.
-    inside = {p for block in find_blocks(model)[1] for p in block.parameters()} | ignored
+    inside = {*layers.parameters()} | ignored
     outside = [m for m in model.modules() if [*m.parameters(recurse=False)] and inside.isdisjoint(m.parameters())]
     others = [m for m in outside if isinstance(m, nn.Embedding) or frozen & {*m.parameters(recurse=False)}]
     for unit in blocks + others:

@@ -61,8 +61,6 @@ def as_groups(texts):
                 "chosen": [0],
                 "rejected": [1],
                 "margin": [0.0],
-                "subset": [""],
-                "source": [0],
             }
         )
     return groups

@@ -281,8 +281,7 @@ def test_a_retrained_model_with_the_same_frozen_layers_finds_the_same_cache(trai
 def test_groups_that_differ_in_anything_have_different_names():
     def names(*groups, **options):
         options = {"row_layout": "shared", "pad_id": 0, "row_limit": 99, **options}
-        rest = {"chosen": [], "rejected": [], "margin": [], "subset": [], "source": []}
-        return group_names(collate([{"prefix": p, "completions": c, **rest} for p, c in groups], **options))
+        return group_names(collate([{"prefix": p, "completions": c} for p, c in groups], **options))
 
     group, longer = ([1, 2], [[3, 4], [5]]), ([7], [[8, 9, 10, 11, 12]])
     assert names(group, longer) == names(group) + names(longer)  # neither padding nor neighbours count

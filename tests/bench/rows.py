@@ -58,8 +58,6 @@ def make_groups(count: int, prompt: int, answer: int, answers: int, generator: t
             "chosen": [c for c, _ in pairs],
             "rejected": [r for _, r in pairs],
             "margin": [0.0] * len(pairs),
-            "subset": [""] * len(pairs),
-            "source": [0] * len(pairs),
         }
         for _ in range(count)
     ]
@@ -69,7 +67,7 @@ def one_comparison_each(group: dict) -> list[dict]:
     """The same comparisons with nothing shared between them: two sequences each."""
     return [
         {**group, "completions": [group["completions"][c], group["completions"][r]], "chosen": [0], "rejected": [1],
-         "margin": [0.0], "subset": [""], "source": [0]}
+         "margin": [0.0]}
         for c, r in zip(group["chosen"], group["rejected"])
     ]  # fmt: skip
 
