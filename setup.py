@@ -4,7 +4,7 @@ setup(
     name="minirm",
     version="0.1.0",
     description="A reward-model trainer in plain PyTorch, small enough to read in one sitting",
-    packages=["minirm"],
+    packages=["minirm", "minirm.data", "minirm.report"],
     py_modules=["train"],
     python_requires=">=3.10",
     # Tested ranges: newer versions may work, but nobody has looked.

@@ -22,21 +22,28 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from minirm import checkpoint, shard
-from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.data import prepare, totals, unescaped
-from minirm.demo import DEMO_DEFAULTS, use_demo
+from minirm import checkpoint, run, shard
+from minirm.attention import attention_mask, use_sdpa
+from minirm.data.chat import unescaped
+from minirm.data.demo import DEMO_DEFAULTS, use_demo
+from minirm.data.prepare import prepare, totals
+from minirm.errors import InputError, Parser, Stop, one_line, refusing
 from minirm.estimate import show_plan
+from minirm.files import as_json
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
-from minirm.measure import TENTHS, describe, final_report, headline, last_words, measure, right_by_tenth
-from minirm.model import check_fit, empty_model, export, load_config, load_weights, stored_weights
+from minirm.model import check_fit, empty_model, load_config
 from minirm.plan import make_plan, steps_per_epoch
-from minirm.plot import open_trackers, save_curves
-from minirm.report import model_card, profiler, start_report
+from minirm.plot import save_curves
+from minirm.probe import probe_shared_rows
+from minirm.report.card import model_card
+from minirm.report.lines import final_report, headline, last_words, start_report
+from minirm.report.measure import TENTHS, describe, measure, right_by_tenth
+from minirm.report.profile import profiler
+from minirm.report.trackers import open_trackers
 from minirm.rows import Batch, collate
-from minirm.sources import InputError, Parser, as_json, one_line, refusing
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
+from minirm.weights import export, load_weights, stored_weights
 
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
@@ -164,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
     device, mesh = shard.start_processes(args.shard_size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patient = dist.new_group(backend="gloo", timeout=shard.START_TIMEOUT)  # for what one does while the others wait
-    shard.on_first_process(patient, checkpoint.check_output, output, args.resume_from_checkpoint)
+    shard.on_first_process(patient, run.check_output, output, args.resume_from_checkpoint)
     if args.precision == "auto":
         args.precision = "fp16" if device.type == "cuda" else "fp32"
     dtype = shard.DTYPES[args.precision]
@@ -193,13 +200,13 @@ def train(args: argparse.Namespace) -> None:
     weights = pairs["train"]
     if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
         weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
-    recipe = checkpoint.make_recipe(args, data, config, tokenizer, world_size)
-    checkpoint.all_alike(recipe, patient)  # every machine has read data and model for itself
+    recipe = run.make_recipe(args, data, config, tokenizer, world_size)
+    run.all_alike(recipe, patient)  # every machine has read data and model for itself
     # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
-    run = shard.on_first_process(patient, checkpoint.open_run, args, recipe, world_size)
-    start, skipped, result, best = (run.state[k] for k in ("step", "skipped_steps", "result", "best"))
+    resumed = shard.on_first_process(patient, run.open_run, args, recipe, world_size)
+    start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
     batch_size, asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    accumulation = args.gradient_accumulation_steps = checkpoint.accumulation(run, world_size, batch_size, asked)
+    accumulation = args.gradient_accumulation_steps = run.accumulation(resumed, world_size, batch_size, asked)
     epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
     total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
     cut = {"world_size": world_size, "batch_size": batch_size, "seed": args.seed}
@@ -207,7 +214,7 @@ def train(args: argparse.Namespace) -> None:
 
     form = {"row_layout": layout, "pad_id": tokenizer.pad_token_id, "row_limit": 2 * args.max_length}
     to_batch = partial(collate, **form, trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None)
-    shard.on_first_process(patient, checkpoint.begin, output, run, args, world_size, total_steps)
+    shard.on_first_process(patient, run.begin, output, resumed, args, world_size, total_steps)
     trackers = []
     shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
     if rank == 0:
@@ -239,9 +246,9 @@ def train(args: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(home, enabled=dtype == torch.float16)  # disabled: every call passes through
     scaler.scale(torch.zeros((), device=home))  # puts the scale there: unscale_ does not wait for a copy of it
     kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
-    if run.checkpoint:
-        kept = checkpoint.load(run, trained, optimizer, scheduler, scaler, patient)
-        print0(f"goes on from {run.checkpoint}, step {start} of {total_steps}\n")
+    if resumed.checkpoint:
+        kept = checkpoint.load(resumed.checkpoint, resumed.state, trained, optimizer, scheduler, scaler, patient)
+        print0(f"goes on from {resumed.checkpoint}, step {start} of {total_steps}\n")
 
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """One forward pass over a rank's groups -> batch, rewards [R, L], and the loss of each pair [P]."""
@@ -296,14 +303,14 @@ def train(args: argparse.Namespace) -> None:
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
     caught: list[int] = []  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
-    checkpoint.note_signals(caught)
+    run.note_signals(caught)
     if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
         evaluate(start)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
-    before = torch.tensor(run.state["sums"], dtype=torch.float64).view(-1, 8)[rank::world_size].sum(dim=0)
+    before = torch.tensor(resumed.state["sums"], dtype=torch.float64).view(-1, 8)[rank::world_size].sum(dim=0)
     sums = before[:4].to(device)  # weighted loss, weight, correct, reward margin
     seen = before[4:]  # pairs, tokens, places with padding, tokens without sharing
-    since = time.perf_counter() - run.state["seconds"]
+    since = time.perf_counter() - resumed.state["seconds"]
     profiled = profiler(args.profile, total_steps - start, output, patient)
     for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
@@ -331,9 +338,9 @@ def train(args: argparse.Namespace) -> None:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
         grad_norm = norm.full_tensor().item()
-        stop, where = checkpoint.agree(caught, losses)  # the same on all ranks, so that all end alike
+        stop, where = run.agree(caught, losses)  # the same on all ranks, so that all end alike
         groups = micro_steps[where[0]][where[1]] if where else [g for of_rank in micro_steps[0] for g in of_rank]
-        failed = partial(checkpoint.not_finite, step + 1, groups, data, tokenizer)
+        failed = partial(run.not_finite, step + 1, groups, data, tokenizer)
         if not scaler.is_enabled() and (where or not math.isfinite(grad_norm)):
             what = f"the {'loss' if where else 'gradient'} is not finite"
             raise failed(what, "Try a lower --learning_rate, or look at these comparisons")
@@ -371,7 +378,7 @@ def train(args: argparse.Namespace) -> None:
         if due(args.eval_steps, step) and not stop:
             evaluate(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
-            state = run.state | {
+            state = resumed.state | {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
                 "seconds": paused - since, "sums": torch.cat([sums.cpu(), seen]), "result": result, "best": best,
                 "processes": world_size, "arguments": vars(args),
@@ -381,10 +388,10 @@ def train(args: argparse.Namespace) -> None:
                 bar.write(line)
         if stop:
             said = f"{signal.Signals(stop).name}: stopped after step {step} of {total_steps}"
-            raise checkpoint.Stop(f"{said}; the same command goes on from there", 128 + stop)
+            raise Stop(f"{said}; the same command goes on from there", 128 + stop)
         since += time.perf_counter() - paused
     bar.close()
-    checkpoint.note_signals(None)
+    run.note_signals(None)
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
     last, result = result, best if kept else result
@@ -405,7 +412,7 @@ def train(args: argparse.Namespace) -> None:
             with checkpoint.whole_model(output) as folder:
                 export(state, config, tokenizer, folder, notes)
                 (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
-            checkpoint.finish(output, total_steps)
+            run.finish(output, total_steps)
 
     shard.on_first_process(patient, write_model)
     if rank == 0:
@@ -423,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         (show_plan if args.plan else train)(args)
     except InputError as error:
         line, code = f"error: {error}", 2
-    except checkpoint.Stop as stop:
+    except Stop as stop:
         line, code = stop.args
     except KeyboardInterrupt:  # before there was anything to save
         code = 128 + signal.SIGINT

@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
-from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.demo import use_demo
+from minirm.attention import attention_mask, use_sdpa
+from minirm.data.demo import use_demo
+from minirm.errors import InputError, refusing
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel, load_config
+from minirm.probe import probe_shared_rows
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
-from minirm.sources import InputError, refusing
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors

@@ -7,13 +7,11 @@ from elsewhere: TensorBoard and Weights & Biases.
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from minirm.sources import InputError, Parser, one_line, refusing
+from minirm.errors import InputError, Parser, refusing
 
 # Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -21,6 +19,8 @@ MARKERS = "os^Dvp"
 GREY = "0.45"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.color": "0.92", "axes.axisbelow": True,
          "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.8}  # fmt: skip
+
+
 POINTS = 100  # of a training curve; where there are more rows, as many in turn are taken together
 
 
@@ -147,47 +147,6 @@ def draw(runs: dict[str, list[dict]]):
         if not one:
             figure.legend(list(lines.values()), list(runs), loc="outside upper center", ncols=min(4, len(runs)))
     return figure
-
-
-def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -> Callable[[dict], None]:
-    """Opens what --report_to names. What is returned sends the numbers of a row of metrics.jsonl there.
-
-    They are called what transformers' Trainer calls them, `train/loss`, `eval/accuracy`. A run that goes on after `start`
-    steps does so in the same TensorBoard folder, where whatever came later is hidden, and in the same Weights & Biases
-    run, where whatever came later is there twice. Raises InputError if Weights & Biases refuses (no key, no network).
-    """
-    writer = run = None
-    if "tensorboard" in names:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # The evaluation of step `start` came before its checkpoint, that of step 0 comes (again) now.
-        writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
-        writer.add_text("args", json.dumps(arguments, indent=1), start)
-    if "wandb" in names:
-        import wandb
-
-        earlier = [path.name for path in (output / "wandb").glob("*run-*-*")]  # [offline-]run-<time>-<id>
-        try:
-            run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "minirm"), dir=output, config=arguments, allow_val_change=True,
-                id=earlier[0].partition("run-")[2].partition("-")[2] if earlier else None, resume="allow",
-            )  # fmt: skip
-        except wandb.Error as error:
-            raise InputError(f"--report_to wandb: {one_line(error)}") from None
-        run.define_metric("train/global_step")
-        run.define_metric("*", step_metric="train/global_step", step_sync=True)
-
-    def send(row: dict) -> None:
-        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)}
-        numbers = {f"eval/{k[5:]}" if k[:5] == "eval_" else f"train/{k}": v for k, v in numbers.items()}
-        if writer:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, row["step"])
-            writer.flush()
-        if run:
-            run.log({**numbers, "train/global_step": row["step"]})
-
-    return send
 
 
 def main(argv: list[str] | None = None) -> int:

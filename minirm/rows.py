@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minirm.data import common_prefix
+from minirm.data.tokens import common_prefix
 
 PREFIX, PADDING = 0, -1  # in `segments`; the k-th completion of a row is k
 

@@ -25,12 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
-from minirm.data import Texts, by_prompt, set_chat_template, store, tokenise, unescaped
-from minirm.measure import agreement, by_name, calibration, file_names
+from minirm.attention import attention_mask, use_sdpa
+from minirm.data.chat import set_chat_template, unescaped
+from minirm.data.prepare import Texts, by_prompt, store
+from minirm.data.sources import fingerprint
+from minirm.data.tokens import tokenise
+from minirm.errors import InputError, Parser, refusing
+from minirm.files import as_json
+from minirm.probe import probe_shared_rows
+from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
-from minirm.sources import InputError, Parser, as_json, fingerprint, refusing
 
 WORTH_SHARING = 0.9  # of the tokens: a row of several completions needs a mask, which costs as much as it saves
 

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from minirm import attention, rows
-from minirm.checkpoint import put
-from minirm.data import tokenizer_state, totals
+from minirm import attention, probe, rows
+from minirm.data.prepare import totals
+from minirm.data.tokens import tokenizer_state
+from minirm.errors import InputError, refusing
+from minirm.files import put
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.rows import Batch
-from minirm.sources import InputError, refusing
 
 
 class TrunkCache:
@@ -144,17 +145,17 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
             f"--cache_trunk: none of {frozen.total_layers} layers is frozen; leave the flag away, or raise --freeze_ratio"
         )
     # Of two rows, the second one padded.
-    batches = [attention.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
+    batches = [probe.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     # Any failure at all is a reason to refuse.
-    with refusing(f"--cache_trunk: not for {config.model_type}", advice="; leave the flag away"), attention.trying():
-        model = attention.small_model(config, args.max_length)
+    with refusing(f"--cache_trunk: not for {config.model_type}", advice="; leave the flag away"), probe.trying():
+        model = probe.small_model(config, args.max_length)
         ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
         below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
         cache = TrunkCache([find_blocks(model)[1][i] for i in below], None, torch.float32)
 
         def states(batch: Batch) -> Tensor:
             cache.real = batch.segments >= 0
-            return attention.small_states(model, batch)[cache.real]
+            return probe.small_states(model, batch)[cache.real]
 
         wanted, computed = states(batches[0]), cache.computed
         if computed.requires_grad:

@@ -17,7 +17,7 @@ import transformers
 from processes import Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minirm.sources import InputError
+from minirm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real comparisons, beside a checkout on some machines only

@@ -13,8 +13,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.utils import logging
 
-from minirm import attention
-from minirm.attention import attention_mask, probe_shared_rows, use_sdpa
+from minirm import attention, probe
+from minirm.attention import attention_mask, use_sdpa
+from minirm.probe import probe_shared_rows
 
 WINDOW = 5  # shorter than nearly all texts below
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -330,7 +331,7 @@ def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
 
 def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
     """Gemma 2 cut down to its first two layers of one kind would be a model without full attention."""
-    shrunk = attention._shrunk
+    shrunk = probe._shrunk
 
     def careless(config, max_length):
         small = shrunk(config, max_length)

@@ -16,8 +16,9 @@ import pytest
 from conftest import make_comparisons, make_model, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
-from minirm.checkpoint import START, Run, accumulation, check_output, checkpoints, differences, verify
-from minirm.data import InputError
+from minirm.checkpoint import START, checkpoints, verify
+from minirm.errors import InputError
+from minirm.run import Run, accumulation, check_output, differences
 
 SPEEDS = ("pairs_per_second", "tokens_per_second")
 
@@ -329,12 +330,12 @@ def test_a_run_stopped_before_the_evaluation_of_its_step_makes_it_up(server, wor
     """A signal saves the step, and ends the run before it is evaluated: at the best step, and at the last."""
     signals = f"""
 import os
-agree, calls = train.checkpoint.agree, []
+agree, calls = train.run.agree, []
 def signalled(caught, losses):
     calls.append(1)
     if len(calls) == {step}: caught.append(15)
     return agree(caught, losses)
-train.checkpoint.agree = signalled
+train.run.agree = signalled
 """
     run = server.run(*worsening, "--output_dir", tmp_path / "run", patch=signals, world=2)
     assert run.codes == [143, 143] and f"stopped after step {step} of 8" in run.text()
@@ -436,7 +437,7 @@ def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path)
 
 def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
     """With right digests, but other contents: nothing of it may end in a traceback."""
-    from minirm.sources import file_digest
+    from minirm.files import file_digest
 
     for number, change in enumerate(
         [

@@ -16,19 +16,10 @@ from conftest import ROOT, make_comparisons, make_tokenizer, refusal, write_json
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-import minirm.data
-from minirm.data import (
-    common_prefix,
-    encode,
-    hold_out,
-    join,
-    prepare,
-    prompt_key,
-    read_texts,
-    render,
-    set_chat_template,
-    tokenise,
-)
+import minirm.data.prepare
+from minirm.data.chat import join, render, set_chat_template
+from minirm.data.prepare import hold_out, prepare, prompt_key, read_texts
+from minirm.data.tokens import common_prefix, encode, tokenise
 from minirm.model import load_config
 from minirm.rows import collate
 
@@ -58,7 +49,7 @@ def read(source, keep="worth"):
 
 
 def test_a_missing_evaluation_file_is_refused_before_anything_is_tokenised(characters, tmp_path, monkeypatch):
-    monkeypatch.setattr(minirm.data, "tokenise", lambda *_, **__: pytest.fail("tokenised"))
+    monkeypatch.setattr(minirm.data.prepare, "tokenise", lambda *_, **__: pytest.fail("tokenised"))
     train = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(10)))
     message = refusal(prepare, characters, [train], [str(tmp_path / "none.jsonl")], cache_dir=tmp_path)
     assert message.startswith(f"{tmp_path}/none.jsonl: No such file")
@@ -808,7 +799,7 @@ def test_each_comparison_of_several_files_carries_the_number_of_its_own(characte
         (a, "texts in chosen and rejected", 2, 2, 0, 2),
     ]
     assert [row["prompt also in the training data"] for row in data.report["eval"]] == [3, 2]
-    assert minirm.data.totals(data.report["train"])["kept"] == 4 == sum(data.train["pairs"])
+    assert minirm.data.prepare.totals(data.report["train"])["kept"] == 4 == sum(data.train["pairs"])
 
 
 def test_held_out_comparisons_of_several_files_are_counted_for_each(characters, tmp_path):
@@ -838,13 +829,13 @@ def test_the_order_of_files_is_part_of_what_was_prepared(characters, tmp_path):
 def counting(monkeypatch):
     """A list that grows by one with every part that is tokenised."""
     calls = []
-    original = minirm.data.tokenise
+    original = minirm.data.prepare.tokenise
 
     def tokenise(*arguments, **options):
         calls.append(1)
         yield from original(*arguments, **options)
 
-    monkeypatch.setattr(minirm.data, "tokenise", tokenise)
+    monkeypatch.setattr(minirm.data.prepare, "tokenise", tokenise)
     return calls
 
 
@@ -901,7 +892,7 @@ def test_a_changed_folder_of_files_is_read_anew(characters, tmp_path):
 
 def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_path, monkeypatch):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
-    original, calls = minirm.data.to_group, []
+    original, calls = minirm.data.prepare.to_group, []
 
     def stops(*arguments, **options):
         calls.append(1)
@@ -909,11 +900,11 @@ def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_p
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(minirm.data, "to_group", stops)
+    monkeypatch.setattr(minirm.data.prepare, "to_group", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(characters, [source], cache_dir=tmp_path)
     assert list((tmp_path / "minirm").iterdir()) == []
-    monkeypatch.setattr(minirm.data, "to_group", original)
+    monkeypatch.setattr(minirm.data.prepare, "to_group", original)
     assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
 
 
@@ -923,14 +914,14 @@ def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, t
     script = f"""
 import os, signal, minirm.data
 from conftest import make_tokenizer
-original, own = minirm.data.to_group, os.getpid()
+original, own = minirm.data.prepare.to_group, os.getpid()
 def stops(members, counts, every):
     if counts[0]["kept"] == 10:
         os.kill(own, signal.SIGKILL)
     return original(members, counts, every)
-minirm.data.to_group = stops
+minirm.data.prepare.to_group = stops
 os.getpid = lambda: {os.getpid()}
-minirm.data.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir={str(tmp_path)!r})
+minirm.data.prepare.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir={str(tmp_path)!r})
 """
     run = subprocess.run(
         [sys.executable, "-c", script], check=False, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -948,14 +939,14 @@ def test_two_processes_at_once_end_with_the_same(tmp_path):
 import os, sys, time, minirm.data
 from pathlib import Path
 from conftest import make_tokenizer
-original, here = minirm.data.write_groups, Path({str(tmp_path)!r})
+original, here = minirm.data.prepare.write_groups, Path({str(tmp_path)!r})
 def together(*arguments):  # both have looked for the cache and found none
     (here / sys.argv[1]).touch()
     while not ((here / "a").exists() and (here / "b").exists()):
         time.sleep(0.01)
     return original(*arguments)
-minirm.data.write_groups = together
-data = minirm.data.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir=here)
+minirm.data.prepare.write_groups = together
+data = minirm.data.prepare.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir=here)
 print(len(data.train), len(data.eval), sum(map(sum, data.train["prefix"])), data.report["train"][0]["kept"])
 """
     processes = [

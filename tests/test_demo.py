@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-import minirm.demo
-from minirm.demo import (
+import minirm.data.demo
+from minirm.data.demo import (
     DEMO_DEFAULTS,
     EVAL_PROMPTS,
     SHUFFLES,
@@ -28,8 +28,8 @@ from minirm.demo import (
 def fast():
     """Reading the standard library and warming up take longer than all else here: one is done once, the other cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minirm.demo, "read_docstrings", functools.cache(read_docstrings))
-        patch.setattr(minirm.demo, "WARM_UP_STEPS", 2)
+        patch.setattr(minirm.data.demo, "read_docstrings", functools.cache(read_docstrings))
+        patch.setattr(minirm.data.demo, "WARM_UP_STEPS", 2)
         yield
 
 
@@ -170,7 +170,7 @@ def test_the_files_hold_the_comparisons(demo, comparisons):
 def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(demo, monkeypatch):
     folder = demo.model.parent
     monkeypatch.setenv("MINIRM_CACHE", str(folder.parent))
-    monkeypatch.setattr(minirm.demo, "make_comparisons", None)
+    monkeypatch.setattr(minirm.data.demo, "make_comparisons", None)
     assert build_demo() == demo
     assert list(folder.parent.iterdir()) == [folder] and folder.name.startswith("demo-")
 
@@ -178,19 +178,19 @@ def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(d
 @pytest.fixture
 def cache(tmp_path, monkeypatch, comparisons):
     """Where demos of a few comparisons are built."""
-    monkeypatch.setattr(minirm.demo, "make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
+    monkeypatch.setattr(minirm.data.demo, "make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
     monkeypatch.setenv("MINIRM_CACHE", str(tmp_path))
     return tmp_path
 
 
 def test_two_that_build_at_once_both_end_with_the_same_demo(cache, monkeypatch):
-    together, warm_up, results = threading.Barrier(2, timeout=60), minirm.demo.warm_up, []
+    together, warm_up, results = threading.Barrier(2, timeout=60), minirm.data.demo.warm_up, []
 
     def warm_up_and_wait(*args):
         together.wait()  # neither has finished when the other starts: both will want to rename
         return warm_up(*args)
 
-    monkeypatch.setattr(minirm.demo, "warm_up", warm_up_and_wait)
+    monkeypatch.setattr(minirm.data.demo, "warm_up", warm_up_and_wait)
     threads = [threading.Thread(target=lambda: results.append(build_demo())) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -204,7 +204,7 @@ def test_a_build_that_dies_leaves_no_demo_behind(cache, monkeypatch):
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(minirm.demo, "warm_up", die)
+    monkeypatch.setattr(minirm.data.demo, "warm_up", die)
     with pytest.raises(KeyboardInterrupt):
         build_demo()
     assert list(cache.iterdir()) == []
@@ -212,7 +212,7 @@ def test_a_build_that_dies_leaves_no_demo_behind(cache, monkeypatch):
 
 def test_another_seed_or_more_steps_make_another_demo(cache, monkeypatch):
     made = {build_demo(), build_demo(seed=1)}
-    monkeypatch.setattr(minirm.demo, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(minirm.data.demo, "WARM_UP_STEPS", 1)
     assert len(made | {build_demo()}) == 3 == len(list(cache.iterdir()))
 
 

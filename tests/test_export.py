@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_model import load, state
 
 from minirm import checkpoint, score
-from minirm.data import join
-from minirm.model import export
+from minirm.data.chat import join
+from minirm.weights import export
 
 FAMILIES = sorted(CONFIGS)
 # GPT-2 numbers positions without regard to the mask, so that padding on the left moves every token; OPT does look at it.

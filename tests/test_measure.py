@@ -6,15 +6,14 @@ import math
 import pytest
 import torch
 
-from minirm import measure
-from minirm.measure import (
+from minirm.report import measure
+from minirm.report.lines import final_report, headline
+from minirm.report.measure import (
     agreement,
     by_name,
     calibration,
     describe,
     file_names,
-    final_report,
-    headline,
     histogram,
     interval,
     like,

@@ -12,18 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_attention import FAMILIES as FAMILIES_BY_NAME
 from test_attention import REFUSED
 
-from minirm.data import InputError
-from minirm.model import (
-    PAD_TOKEN,
-    RewardModel,
-    empty_model,
-    export,
-    init_head,
-    load_config,
-    load_weights,
-    saved_tensors,
-    stored_weights,
-)
+from minirm.errors import InputError
+from minirm.model import PAD_TOKEN, RewardModel, empty_model, init_head, load_config, saved_tensors
+from minirm.weights import export, load_weights, stored_weights
 
 FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
 

@@ -13,8 +13,8 @@ from conftest import ROOT, make_comparisons, read_metrics, write_jsonl
 
 import train
 from minirm import plot
-from minirm.plot import open_trackers
-from minirm.sources import InputError
+from minirm.errors import InputError
+from minirm.report.trackers import open_trackers
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 import train
-from minirm.data import MIN_WORDS
-from minirm.schemas import SCHEMAS
-from minirm.sources import FILE_TYPES
+from minirm.data.prepare import MIN_WORDS
+from minirm.data.schemas import SCHEMAS
+from minirm.data.sources import FILE_TYPES
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,8 +46,8 @@ def test_every_file_that_readme_links_exists():
 
 
 def test_every_module_is_in_the_table_of_files():
-    modules = {f"minirm/{path.name}" for path in (ROOT / "minirm").glob("*.py")} - {"minirm/__init__.py"}
-    assert set(re.findall(r"\| \[`(minirm/\w+\.py)`\]", README)) == modules
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "minirm").rglob("*.py") if path.stem != "__init__"}
+    assert set(re.findall(r"\| \[`(minirm/[\w/]+\.py)`\]", README)) == modules
 
 
 def test_the_numbers_of_the_recipe_are_the_defaults(recipe):

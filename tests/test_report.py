@@ -15,10 +15,12 @@ import pytest
 from conftest import make_comparisons, make_model, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
-from minirm.data import prepare
+from minirm.data.prepare import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
-from minirm.report import PUBLISHED, data_table, freeze_line, marked_pair, model_card, profile_table, start_report
+from minirm.report.card import model_card
+from minirm.report.lines import PUBLISHED, data_table, freeze_line, marked_pair, start_report
+from minirm.report.profile import profile_table
 from minirm.rows import collate
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from conftest import make_tokenizer, refusal, write_jsonl
 
-from minirm.data import join, prepare, prompt_key, read_texts
-from minirm.schemas import Example, describe, recognise, to_example
+from minirm.data.chat import join
+from minirm.data.prepare import prepare, prompt_key, read_texts
+from minirm.data.schemas import Example, describe, recognise, to_example
 
 # One token a character; a turn is [U...] or [A...], and no end token.
 CHAT = "{% for m in messages %}[{{ m.role[0].upper() }}{{ m.content }}]{% endfor %}"

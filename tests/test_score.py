@@ -12,8 +12,8 @@ from conftest import CONFIGS, make_comparisons, make_tokenizer, write_jsonl
 from test_model import load, state
 
 from minirm import score
-from minirm.data import join
-from minirm.model import export
+from minirm.data.chat import join
+from minirm.weights import export
 
 
 @pytest.fixture(scope="session")

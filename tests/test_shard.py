@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from minirm.freeze import freeze_bottom_layers
-from minirm.model import empty_model, init_head, load_config, load_weights
+from minirm.model import empty_model, init_head, load_config
 from minirm.shard import cast_frozen, fill, gather, shard, start_processes
+from minirm.weights import load_weights
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from conftest import refusal, write_jsonl
 
-from minirm.sources import fingerprint, read_rows
+from minirm.data.sources import fingerprint, read_rows
 
 NINE, ELEVEN = "a b c d e", "a b c d e f"
 GOOD = json.dumps({"prompt": "p", "chosen": NINE, "rejected": ELEVEN})

@@ -14,7 +14,7 @@ from conftest import SHARED_DATA, make_comparisons, make_model, make_tokenizer, 
 from safetensors.torch import load_file
 from test_attention import FAMILIES, REFUSED
 
-from minirm.data import prepare
+from minirm.data.prepare import prepare
 from minirm.model import init_head
 from minirm.plan import make_plan
 

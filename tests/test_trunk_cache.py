@@ -17,8 +17,8 @@ import transformers
 from conftest import CONFIGS, SMALL, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from minirm import attention, trunk_cache
-from minirm.data import InputError
+from minirm import probe, trunk_cache
+from minirm.errors import InputError
 from minirm.freeze import Frozen
 from minirm.rows import collate
 from minirm.trunk_cache import TrunkCache, group_names, probe_trunk_cache
@@ -320,7 +320,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tm
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
     """The last block of one model adds what attention gave in the first; another trains a layer below the first block."""
     config, args = CONFIGS["llama"](99), Namespace(train_embeddings=False, max_length=100)
-    frozen, small, kept = Frozen([0, 1, 2], [], 4), attention.small_model, {}
+    frozen, small, kept = Frozen([0, 1, 2], [], 4), probe.small_model, {}
 
     def leaky(*arguments):
         model = small(*arguments)
@@ -329,7 +329,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         return model
 
     assert probe_trunk_cache(args, config, frozen) is None
-    monkeypatch.setattr(attention, "small_model", leaky)
+    monkeypatch.setattr(probe, "small_model", leaky)
     with pytest.raises(InputError, match="not for llama .its layers hand on more than hidden states"):
         probe_trunk_cache(args, config, frozen)
 
@@ -339,7 +339,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         model.layers[0].register_forward_pre_hook(lambda module, inputs: (model.before(inputs[0]),))
         return model
 
-    monkeypatch.setattr(attention, "small_model", trains_below)
+    monkeypatch.setattr(probe, "small_model", trains_below)
     with pytest.raises(InputError, match="below the first trained layer"):
         probe_trunk_cache(args, config, frozen)
 

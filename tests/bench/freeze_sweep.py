@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoConfig
 
-from minirm.demo import DEMO_DEFAULTS, build_demo
+from minirm.data.demo import DEMO_DEFAULTS, build_demo
 from minirm.freeze import trained_layer_count
 from minirm.plot import COLORS, STYLE, best_evaluation, read_rows
 

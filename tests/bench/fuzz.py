@@ -2,7 +2,7 @@
 
 Every file is a good one (JSON lines, JSON, CSV, Parquet) with one to three things done to it: broken UTF-8, nulls and
 nested nulls, wrong types, huge lines, control characters, nothing at all, columns twice, bytes flipped, cut short.
-`minirm.data.prepare` has to refuse each in one line that names the file, or to account for each of its rows.
+`prepare` has to refuse each in one line that names the file, or to account for each of its rows.
 """
 
 import argparse
@@ -24,8 +24,9 @@ import pyarrow
 import pyarrow.parquet
 from conftest import make_comparisons, make_tokenizer
 
-from minirm.data import prepare, set_chat_template
-from minirm.sources import InputError
+from minirm.data.chat import set_chat_template
+from minirm.data.prepare import prepare
+from minirm.errors import InputError
 
 ODD = [
     None, True, 0, -1, 1e308, float("nan"), float("inf"), 10**400, "", " ", "\0", "\ud800", "\u2028", "\x1b[2J", "\r", "\n",

@@ -35,7 +35,8 @@ def load(folder: str) -> None:
 
     from minirm import shard
     from minirm.freeze import freeze_bottom_layers
-    from minirm.model import empty_model, load_config, load_weights, stored_weights
+    from minirm.model import empty_model, load_config
+    from minirm.weights import load_weights, stored_weights
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -36,7 +36,7 @@ def watch():
         time.sleep(0.05)
 """
 MINIRM = """
-from minirm.data import prepare
+from minirm.data.prepare import prepare
 tokenizer = transformers.AutoTokenizer.from_pretrained({model!r})
 before, anonymous, begin, cpu = memory("VmHWM"), memory("RssAnon"), time.perf_counter(), time.process_time()
 threading.Thread(target=watch, daemon=True).start()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import SHARED_DATA, make_tokenizer, write_jsonl
 
 from minirm import score
-from minirm.data import join
+from minirm.data.chat import join
 
 
 def save_model(folder: Path, texts: list[str]) -> transformers.PreTrainedTokenizerFast:

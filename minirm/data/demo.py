@@ -29,22 +29,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
-from minirm.sources import whole_folder
+from minirm.files import whole_folder
 
 # Flags of train.py that suit a model this small; with `--model demo` they replace the recipe's defaults.
 DEMO_DEFAULTS = {
     "learning_rate": 1e-3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 20,
     "num_train_epochs": 2, "eval_steps": 250, "logging_steps": 20, "max_length": 256,
 }  # fmt: skip
+
+
 SHUFFLES = 2  # per prompt: more of them teach more than more epochs
 OTHER = 0.08  # share of the prompts that have the answer of another one, too
-
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, so that the end of a text is never mistaken for padding
 LAYERS = 7  # the fewest of which the recipe's 30 % trains two, int(0.3 * 7)
 WARM_UP_STEPS = 800  # of the language model, each on 4 x 128 tokens; not seconds, so that a seed makes one model
 EVAL_PROMPTS = 300
 MIN_PROMPTS = 1000  # below this there is too little English for the model to learn from
-
 # No part of the library, or tests, whose docstrings are not about what the code does.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 

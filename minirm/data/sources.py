@@ -1,38 +1,19 @@
 """Rows out of files and datasets, each with the place where it stands, and errors that name it."""
 
-import argparse
 import csv
-import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from minirm.errors import InputError, one_line, refusing, shown
+from minirm.files import file_digest
+
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 A_FILE = f"a {', '.join(FILE_TYPES)} file"
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
-
-
-@contextmanager
-def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
-    """Turns whatever of these kinds goes wrong inside into an InputError: what, why, and what to do."""
-    try:
-        yield
-    except kinds as error:  # an OSError's own text names a path, maybe of a temporary file
-        raise InputError(f"{what} ({getattr(error, 'strerror', None) or one_line(error)}){advice}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
-        raise InputError(message)
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
@@ -136,44 +117,3 @@ def fingerprint(source: str) -> str:
         return file_digest(Path(source))
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}; expected {A_FILE}") from None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file. hashlib has this from Python 3.11 on."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
-    Where several processes make the same one at once, that of the first stays; those of the others are as good."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"prefix": f"{folder.name}.", "dir": folder.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**beside) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        yield new
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-
-
-def one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
-
-
-def as_json(value: dict) -> str:
-    """On one line. What is not finite becomes null: nan and inf are not JSON."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
-
-
-def shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

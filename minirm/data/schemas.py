@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minirm.sources import InputError, shown
+from minirm.errors import InputError, shown
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
@@ -65,8 +65,6 @@ def describe(schema: Schema, row: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One function a schema
-
-
 def chosen_rejected(row: dict) -> Example:
     prompt, chosen, rejected = _text(row, "prompt", optional=True), _text(row, "chosen"), _text(row, "rejected")
     margin = _number(row, "margin", low=0, optional=True)
@@ -165,7 +163,6 @@ SCHEMAS = [
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What they have in common
-
 TURN = "\n\nAssistant:"
 
 

@@ -1,0 +1,40 @@
+"""Errors for people: one line that says what is wrong, where, what was expected and what to do."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
+
+
+@contextmanager
+def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
+    """Turns whatever of these kinds goes wrong inside into an InputError: what, why, and what to do."""
+    try:
+        yield
+    except kinds as error:  # an OSError's own text names a path, maybe of a temporary file
+        raise InputError(f"{what} ({getattr(error, 'strerror', None) or one_line(error)}){advice}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
+        raise InputError(message)
+
+
+def one_line(error: Exception | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+class Stop(Exception):
+    """The run ends here: Stop(one line for people, exit code). 0: nothing left to do; 3: a fault that will come again
+    if nothing is changed; 128 + n: signal n asked for it."""

@@ -1,0 +1,112 @@
+"""README.md of a trained model."""
+
+import json
+from pathlib import Path
+
+from minirm.data.prepare import totals
+from minirm.plot import read_rows
+from minirm.report.lines import PUBLISHED, data_table, typed
+from minirm.run import UNSAID
+
+# README.md of a trained model; see model_card.
+CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model]
+{base_model}---
+
+# A reward model
+
+Scores how good an answer to a prompt is. Higher is better, and only differences between answers to the same prompt mean
+anything. Trained from `{model}` with minirm.
+
+| held out | |
+| --- | --- |
+| accuracy | {result[eval_accuracy]:.4f}, 95 % interval {result[eval_accuracy_low]:.4f} to {result[eval_accuracy_high]:.4f} |
+| pairs | {result[eval_pairs]:,}, of them {result[eval_ties]:,} with equal rewards, which count as wrong |
+| accuracy of choosing the longer answer | {result[eval_length_accuracy]:.4f} |
+| loss | {result[eval_loss]:.4f} |
+| calibration error | {result[eval_calibration_error]:.4f} |
+| rewards | mean {result[eval_reward_mean]:.4f}, standard deviation {result[eval_reward_std]:.4f} (`mean`, `std` in config.json) |
+
+## Use
+
+The reward is read at `{eos}`, so every text ends with it. Pad on the right.{published}
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder){half}
+
+def reward(prompts, completions, **_):
+    gap = lambda p, c: {args.separator!r} if p[-1:].strip() and c[:1].strip() else ""  # none where whitespace stands
+    texts = [p + gap(p, c) + c{plus_eos} for p, c in zip(prompts, completions)]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length={args.max_length}, return_tensors="pt")
+    with torch.no_grad():
+        return model(**batch).logits[:, 0].tolist()
+```
+
+{chat}TRL takes that function: `RLOOTrainer(policy, reward_funcs=reward, ...)`. Given the folder instead, TRL joins texts
+without BOS and EOS and reads the reward at another token.
+
+vLLM:
+
+```bash
+vllm serve folder --runner pooling
+curl localhost:8000/classify -H "Content-Type: application/json" \\
+    -d '{{"input": [{text}], "use_activation": false}}'    # data[0].probs[0] is the reward
+```
+
+## Training
+
+{counts[kept]:,} pairs of {counts[prompts]:,} prompts; the model of step {result[step]:,}{best}.
+
+```
+train.py {recipe}
+
+{table}
+```
+
+| step | held-out loss | accuracy |
+| --- | --- | --- |
+{curve}
+"""
+
+
+# What it says besides if the tokenizer has a chat template.
+CHAT = """Of messages, `tokenizer.apply_chat_template(messages, tokenize=False)` is the text, its last token the one that is scored;
+it is tokenised with `add_special_tokens=False`. That is what TRL does with messages if given the folder, `reward_funcs=folder`.
+
+"""
+
+
+def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str:
+    """README.md of a trained model: how good it is, how to load it, what it was trained on and how.
+
+    result: the evaluation of what is exported; output: the folder that has metrics.jsonl, and perhaps curves.png.
+    """
+    said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
+    rows = [row for row in read_rows(output) if row.get("eval_loss") is not None] or [result]  # null: not finite
+    ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
+    curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
+    added = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # by the tokenizer itself: in no text then
+    rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
+    return CARD.format(
+        base_model="" if Path(args.model).exists() else f"base_model: {args.model}\n",
+        model=typed(args.model),
+        args=args,
+        half="" if args.precision == "fp32" else rounded,
+        chat=CHAT if tokenizer.chat_template else "",
+        eos=tokenizer.eos_token,
+        published=f"\n\n{PUBLISHED}" if args.loss == "trlx" else "",
+        plus_eos="" if added else " + tokenizer.eos_token",
+        text=json.dumps(f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"),
+        result=result,
+        counts=totals(report["train"]),
+        recipe=" ".join(f"--{flag}" if value is True else f"--{flag} {typed(value)}" for flag, value in said),
+        table=data_table(report, "separate").strip(),
+        best=", where the held-out loss was lowest" if result["step"] < rows[-1]["step"] else "",
+        curve="\n".join(curve) + ("\n\n![curves](curves.png)" if (output / "curves.png").exists() else ""),
+    )

@@ -1,0 +1,139 @@
+"""What a person reads: at the start what became of the data and one pair as the model sees it, at the end how good it is."""
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from minirm.data.prepare import Prepared, totals
+from minirm.data.tokens import common_prefix
+from minirm.freeze import Frozen
+from minirm.rows import Batch
+
+# Said at the start, and by the card, with --loss trlx.
+PUBLISHED = """--loss trlx, as published, reads both rewards at the place before the longer answer's EOS, for held-out figures as
+well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
+
+
+def start_report(
+    args, data: Prepared, tokenizer, model, frozen: Frozen, layout: str, not_shared: str | None, sample: list[Batch]
+) -> str:
+    """All flags, the table of comparisons, the share that is trained, the marked pair, and what has no effect.
+
+    not_shared: why rows are not shared; sample: some micro-batches of one process, to tell how much of a batch is padding.
+    """
+    padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
+    lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
+    lines += ["", data_table(data.report, layout), ""]
+    lines += [f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})"]
+    lines += [freeze_line(model, frozen), "", marked_pair(data.train[0], tokenizer), ""]
+    margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
+    alone = args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1
+    for said, line in (
+        (not_shared, f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}"),
+        (args.loss == "trlx", PUBLISHED),
+        (margins and args.loss == "trlx", "warning: --loss trlx is as published: the data's margins have no effect"),
+        (args.margin_scale != 1 and not margins, "warning: no margins in the data: --margin_scale has no effect"),
+        (alone, "warning: one comparison a prompt: --pair_weight has no effect"),
+    ):
+        lines += [line, ""] if said else []
+    return "\n".join(lines)
+
+
+def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
+    """What every source was read as, what became of its comparisons, its tokens, and how far mere length would get."""
+    rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
+    counts = [totals([row]) for _, row in rows]
+    total = sum(counts, Counter())
+    keys = ["read", "held out", *sorted(key for key in total if key.startswith("dropped")), "kept", "kept, prompt cut"]
+    keys += ["kept, answer cut", "prompt also in the training data", "prompts", "separate tokens"]
+    keys += ["shared tokens"] if row_layout == "shared" else []
+    clear = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
+    lines = [("comparisons", *(part for part, _ in rows))]
+    if len(rows) > 2:
+        lines.append(("", *(Path(row["source"]).name[-24:] for _, row in rows)))
+    for key in keys:
+        if total[key] or key in ("read", "kept"):
+            lines.append((clear.get(key, key), *(f"{count[key]:,}" for count in counts)))
+    if row_layout == "shared":
+        saved = ((c["separate tokens"] - c["shared tokens"]) / max(1, c["separate tokens"]) for c in counts)
+        lines.append(("saved", *(f"{share:.1%}" for share in saved)))
+    for which in ("longer", "shorter"):
+        shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)
+        lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
+    width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
+    table = [f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells) for name, *cells in lines]
+    schemas = [f"{part:<8}  {typed(row['source'])}: {row['schema']}" for part, row in rows if "schema" in row]
+    return "\n".join([*schemas, "", *table])
+
+
+def freeze_line(model: nn.Module, frozen: Frozen) -> str:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = "no layer" if not frozen.layers else f"layers 0-{len(frozen.layers) - 1} of {frozen.total_layers}"
+    return f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
+
+
+def marked_pair(group: dict, tokenizer) -> str:
+    """The first comparison as decoded from its ids, scored tokens in [[ ]]; the end reward is read at the last one."""
+    prefix, sides = group["prefix"], {side: group["completions"][group[side][0]] for side in ("chosen", "rejected")}
+    same = common_prefix([*sides.values()])
+    shown = tokenizer.decode(prefix + sides["chosen"][:same])
+    lines = ["the first pair; what is scored stands in [[ ]], the reward of an answer is read at its last token:"]
+    lines.append(f"  both      {('...' if len(shown) > 300 else '') + shown[-300:]!r}")
+    for side, ids in sides.items():
+        text = tokenizer.decode(ids[same:])
+        text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+        end = f"{len(prefix) + len(ids)} tokens, the last is {tokenizer.decode(ids[-1:])!r}"
+        lines.append(f"  {side:<8}  [[{text!r}]] {end}")
+    return "\n".join(lines)
+
+
+def headline(row: dict) -> str:
+    """An evaluation's row of metrics.jsonl for people."""
+    return (
+        f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f} ({row['eval_accuracy_low']:.3f} to "
+        f"{row['eval_accuracy_high']:.3f}), loss {row['eval_loss']:.4f}, reward margin {row['eval_reward_margin']:.4f} "
+        f"({row['eval_pairs']} pairs, {row['eval_ties']} ties)"
+    )
+
+
+def last_words(exported: dict, last: dict, output: Path) -> str:
+    """The last line of a run: how good the model is that was exported, beside the last one. Two evaluations' rows."""
+    line = f"held-out accuracy {exported['eval_accuracy']:.4f} on {exported['eval_pairs']} pairs"
+    if exported["step"] < last["step"]:
+        line += (
+            f" at step {exported['step']}, where the loss was lowest, {exported['eval_loss']:.4f} (at the last, step "
+            f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
+        )
+    return f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained"
+
+
+def final_report(row: dict) -> str:
+    """An evaluation's row beyond its accuracy, in a few lines: is it length, where does it know, can it be believed?"""
+    longer = row["eval_length_accuracy"]
+    shorter = sum(bucket["pairs"] for bucket in row["eval_by_length"] if bucket["high"] < 0) / row["eval_pairs"]
+    which, alone = ("longer", longer) if longer >= shorter else ("shorter", shorter)
+    model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
+    by_length = []
+    for bucket in row["eval_by_length"]:
+        span = f"{bucket['low']:+}" + (f"..{bucket['high']:+}" if bucket["low"] < bucket["high"] else "")
+        by_length.append(f"{span}: {bucket['accuracy']:.2f} ({bucket['pairs']})")
+    lines = [
+        f'right            {model} of the held-out pairs; "the {which} answer is better" is right in {alone:.1%}',
+        f"by length        {', '.join(by_length)}: accuracy (pairs) by chosen minus rejected tokens",
+        f"along the answer {' '.join(f'{share:.2f}' for share in row['eval_accuracy_by_position'])}: accuracy by tenths",
+        f"calibration      sigmoid(|difference|) is off by {row['eval_calibration_error']:.3f} from the share that is right",
+    ]
+    if alone >= row["eval_accuracy_low"]:
+        lines.append(f"Length alone does as well as this model: choosing the {which} answer is right in {alone:.1%}.")
+    return "\n".join(lines)
+
+
+def typed(value) -> str:
+    """As on a command line; of a path its name alone, since the card may leave this machine."""
+    if isinstance(value, list):
+        return " ".join(map(typed, value))
+    text = str(value).replace("\n", r"\n").replace("\t", r"\t")
+    return shlex.quote(Path(text).name if Path(text).is_absolute() else text)

@@ -1,0 +1,237 @@
+"""Which run is this: its record, recipe, lock and length, what may differ when it goes on, and how it is stopped."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minirm.checkpoint import METRICS, START, checkpoints, verify
+from minirm.data.prepare import Prepared
+from minirm.data.tokens import tokenizer_state
+from minirm.errors import InputError, Stop, refusing
+from minirm.files import PARTIAL, put
+
+RUN = "run.json"
+
+# Flags that say nothing about the trained model.
+UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
+          "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
+
+
+# Flags that may differ when a run goes on: these, its length, and what changes memory or speed alone. Model and data are
+# compared by content, so that they may move; batch size and accumulation by their product with the processes.
+FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "model", "train_data", "eval_data",
+                 "chat_template", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
+
+
+_held: list[int] = []  # the descriptor of the output folder, which is locked as long as it is open
+
+
+class Run(NamedTuple):
+    state: dict  # of the checkpoint, or START; its recipe is what a checkpoint has to agree with
+    checkpoint: Path | None  # to go on from
+    finished: int | None  # steps after which it was finished
+
+
+def restarted() -> bool:
+    """By torchrun --max_restarts: then the run goes on, whatever the flags began with."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def check_output(output: Path, choice: str) -> None:
+    """Raises InputError if the output folder cannot be this run's, before any data is read. Leaves nothing behind."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    with refusing(f"--output_dir {output}: {there} is not a folder that can be written", OSError, "; choose another"):
+        tempfile.TemporaryFile(dir=there).close()
+    if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
+        return
+    if not (output / RUN).exists() and not checkpoints(output):
+        raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
+    if choice == "none" and not restarted():
+        raise InputError(
+            f"--output_dir {output} holds a run; without --resume_from_checkpoint none it goes on. To begin anew, "
+            "choose another folder, or remove it first"
+        )
+
+
+def hold(output: Path) -> None:
+    """Makes the folder, and locks it until this process ends or holds another one."""
+    with refusing(f"--output_dir {output}: cannot be made", OSError, "; choose another folder"):
+        output.mkdir(parents=True, exist_ok=True)
+    while _held:
+        os.close(_held.pop())
+    _held.append(os.open(output, os.O_RDONLY))
+    try:
+        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--output_dir {output}: another run is writing there; wait for its end, or stop it") from None
+    except OSError:
+        pass  # some network file systems have no locks
+
+
+def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
+    """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
+
+    Raises InputError if another process trains there, its run is another than this one, or what was asked for not whole.
+    """
+    output, choice = Path(args.output_dir), args.resume_from_checkpoint
+    hold(output)
+    record, state, folder, problem = {}, {}, None, ""
+    try:
+        record = dict(**json.loads((output / RUN).read_text())) if (output / RUN).exists() else {}
+    except (ValueError, TypeError):  # TypeError: JSON, but no object
+        problem = f"{output / RUN} cannot be read"
+    own = checkpoints(output)
+    given = choice not in ("auto", "none") and not (restarted() and own)
+    for folder in [Path(choice)] if given else own.values():
+        try:
+            state = verify(folder)
+            break
+        except ValueError as error:
+            problem = f"{folder} is not whole: {error}"
+            print(problem if given else f"{problem}; it is passed over")
+    if problem and not state:
+        raise InputError(f"{problem}; give a whole checkpoint, or choose another --output_dir to begin anew")
+    if given and max(own, default=0) > state["step"]:
+        raise InputError(
+            f"--output_dir {output} holds a run that has got further than {folder}; leave --resume_from_checkpoint away to "
+            "go on with it, or choose another --output_dir"
+        )
+    finished = record.pop("finished", None)
+    for saved in (record, state):
+        if changed := differences(saved.get("recipe", {}), recipe):
+            raise InputError(
+                f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
+            )
+    state = START | {"processes": processes} | record | state
+    return Run(state | {"recipe": recipe | state["recipe"]}, folder, finished)
+
+
+def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> dict:
+    """What must be the same for a run to go on: flags, and fingerprints of all that they refer to."""
+    return {name: value for name, value in vars(args).items() if name not in FREE} | {
+        "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "weights of --model": model_fingerprint(args.model, config),
+        "tokenizer of --model": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
+        "--train_data": data.sources["train"],
+        "--eval_data": data.sources["eval"],
+    }
+
+
+def all_alike(recipe: dict, group) -> None:
+    """Raises InputError on all processes if one has another recipe than the first: on its machine are other files, say."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, recipe, group=group)
+    for rank, other in enumerate(everyone):
+        if changed := differences(everyone[0], other):
+            raise InputError(f"process {rank} was given another run than process 0: {'; '.join(changed)}")
+
+
+def model_fingerprint(name: str, config) -> str:
+    """Changes when the weights do. Of a large file 256 pieces are read, not the whole: a start takes long enough."""
+    if not Path(name).is_dir():  # from the hub, where every commit has a name of its own
+        return f"{name} {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(1 << 16, size // 256)):
+                file.seek(place)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """What differs, in words. The number of prompts a step is not looked at: see `accumulation`."""
+    changed = sorted(k for k in then.keys() & now.keys() - {"prompts a step"} if then[k] != now[k])
+    return [f"{k}: the content has changed" if "--" in k else f"--{k} was {then[k]!r}, is {now[k]!r}" for k in changed]
+
+
+def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
+    """Micro-steps a step, so that a step has as many prompts as at the beginning on any number of processes.
+
+    Raises InputError, with both numbers, where that cannot be.
+    """
+    whole, product = run.state["recipe"]["prompts a step"], processes * batch_size
+    if whole == product * asked:
+        return asked
+    if processes == run.state["processes"] or whole % product:
+        raise InputError(
+            f"the run has {whole} prompts a step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
+            f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that they are equal"
+        )
+    return whole // product
+
+
+def begin(output: Path, run: Run, args: Namespace, processes: int, total_steps: int) -> None:
+    """On the first process: the record, and metrics.jsonl cut back to the start. Nothing else can be refused afterwards.
+
+    Raises Stop if the run is finished, and InputError if it cannot be brought to end after total_steps.
+    """
+    done = max(run.finished or 0, run.state["step"])
+    if run.finished == total_steps:
+        raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
+    if done > total_steps or (run.finished and not run.checkpoint):
+        raise InputError(
+            f"--output_dir {output}: the run is at step {done} already{'' if run.checkpoint else ' and left no checkpoint'}, "
+            f"{total_steps} were asked for; choose another folder"
+        )
+    record = {"recipe": run.state["recipe"], "processes": processes, "arguments": vars(args)}
+    put(output / RUN, json.dumps(record, indent=1).encode())
+    for leftover in output.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    with open(output / METRICS, "a") as file:  # from here on rows come anew
+        own = run.checkpoint and run.checkpoint.resolve().parent == output.resolve()
+        file.truncate(min(file.tell(), run.state["metrics"] if own else 0))
+
+
+def finish(output: Path, step: int) -> None:
+    """On the first process, after all is written: the same command typed again has nothing to do."""
+    record = json.loads((output / RUN).read_text())
+    put(output / RUN, json.dumps(record | {"finished": step}, indent=1).encode())
+
+
+# -- Stopping. --------------------------------------------------------------------------------------------------------
+def note_signals(caught: list[int] | None) -> None:
+    """From now on SIGTERM, SIGINT and SIGUSR1 are only noted, in this list; None: they do what they usually do."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual if caught is None else lambda n, _: caught.append(n))
+
+
+def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:
+    """What any process has noticed, the same on all: (signal or 0, (micro-step, process) of the first non-finite loss).
+
+    losses: [] of each micro-step. One all-reduce of two numbers a step.
+    """
+    world_size, none = dist.get_world_size(), 1 << 40
+    finite = torch.isfinite(torch.stack(losses))
+    places = torch.arange(len(losses), device=finite.device) * world_size + dist.get_rank()
+    first = torch.where(finite, none, places).min()
+    values = torch.stack([torch.full_like(first, -max(caught, default=0)), first])
+    dist.all_reduce(values, dist.ReduceOp.MIN)
+    number, place = values.tolist()
+    return -number, None if place == none else divmod(place, world_size)
+
+
+def not_finite(step: int, groups: list[int], data: Prepared, tokenizer, what: str, hint: str) -> Stop:
+    """What to raise when training has come to nothing, naming the comparisons that were being computed."""
+    ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
+    row = data.train[groups[0]]
+    text = tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
+    return Stop(
+        f"step {step}: {what}. Computed were the training prompts {ids} (counted from 0 after the filters; the first begins "
+        f"{text!r}). {hint}. The newest checkpoint is from before this and goes on with the same command",
+        3,
+    )

@@ -1,0 +1,133 @@
+"""Reading a model's weights, and writing the trained model for others."""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto import modeling_auto as auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from minirm.errors import InputError, refusing
+from minirm.model import RewardModel, init_head, saved_tensors, width
+
+SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+# Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
+OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
+
+
+def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable[..., Tensor] | None:
+    """read(name in RewardModel, start=0, stop=None) -> these rows of a tensor, and nothing else, from safetensors files.
+
+    None where stored and wanted tensors do not agree one to one, by name and shape, a grown vocabulary aside: .bin files,
+    what transformers converts while it loads, and whatever is wrong. All that is for `load_weights`.
+    """
+    trunk, prefix, places = model.trunk, model.trunk.base_model_prefix + ".", {}
+    try:  # what is wrong here load_weights will say
+        stored = AutoConfig.from_pretrained(name)
+        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
+        for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no dict
+                    places[key.removeprefix(prefix)] = path, key, file.get_slice(key).get_shape()
+    except Exception:  # noqa: BLE001
+        return None
+    wanted = {key.removeprefix("trunk."): tensor for key, tensor in saved_tensors(model)}
+    shapes = {key: list(tensor.shape) for key, tensor in wanted.items()}
+    grown = next(key for key, tensor in wanted.items() if tensor is trunk.get_input_embeddings().weight)
+    shapes[grown][0] = min(shapes[grown][0], stored.get_text_config().vocab_size)
+    if not _is_reward_model(stored):
+        del shapes["score.weight"]
+    others = [places[key][1] for key in places.keys() - trunk.state_dict().keys()]
+    unlike = any(key not in places or places[key][-1] != shape for key, shape in shapes.items())
+    converted = get_model_conversion_mapping(trunk, add_legacy=False) or hasattr(stored, "quantization_config")
+    if unlike or converted or _misplaced(others, trunk):
+        return None
+
+    def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        key = key.removeprefix("trunk.")
+        if key not in shapes:
+            return init_head(width(stored), seed)[start:stop]
+        with safe_open(places[key][0], "pt") as file:  # anew each time: what was read of an open file counts as memory
+            rows = file.get_slice(places[key][1])
+            rows = rows[start:stop] if shapes[key] else rows[...]
+        if key == grown:  # by the pad token, which is never looked at
+            missing = (len(wanted[key]) if stop is None else stop) - start - len(rows)
+            rows = nn.functional.pad(rows, (0, 0, 0, missing))
+        return rows
+
+    return read
+
+
+def _is_reward_model(config) -> bool:
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+
+
+def _misplaced(keys, trunk) -> list[str]:
+    """Which names of stored tensors belong to the trunk, not to some head, and are of no use in it."""
+    known = "|".join([OLD_BUFFERS, *(trunk._keys_to_ignore_on_load_unexpected or [])])
+    tops = {trunk.base_model_prefix, *(name for name, _ in trunk.named_children())}
+    return sorted(key for key in keys if key.partition(".")[0] in tops and not re.search(known, key))
+
+
+def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
+    """All weights by the names of RewardModel, on the CPU, as they are stored: from_pretrained, of what it can read at all.
+
+    The head is a new one, or, where `name` already is a reward model, that one's. Raises InputError if weights cannot
+    be loaded, are missing from the checkpoint, or are in it and have no place in the model.
+    """
+    stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
+    cls, lm = AutoModel, auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    elif stored.get_text_config().tie_word_embeddings:  # the embeddings may be stored as those of the output
+        cls = lm
+    with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
+        model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
+    trunk = model.base_model
+    wanted = f"{trunk.base_model_prefix}." if cls is lm else ""  # of a language model the trunk alone
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
+    for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
+        if keys:
+            raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
+    if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
+        trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+        trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
+    head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed)
+    return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
+
+
+def export(
+    state: dict[str, Tensor], config, tokenizer, folder: Path, notes: dict | None = None, max_shard_size: str = "5GB"
+) -> None:
+    """Writes what `AutoModelForSequenceClassification.from_pretrained(folder)` loads, tokenizer included.
+
+    state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
+    config.json; max_shard_size: of one file of weights; if they need several, there is an index beside them.
+    """
+    cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    config = copy.deepcopy(config)
+    config.update(notes or {})
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=state["score.weight"].dtype)
+    prefix = cls.base_model_prefix + "."
+    state = {prefix + name.removeprefix("trunk.") if name != "score.weight" else name: t for name, t in state.items()}
+    if state.keys() != model.state_dict().keys():
+        raise RuntimeError(f"{cls.__name__} has other weights: {sorted(state.keys() ^ model.state_dict().keys())[:5]}")
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    # Sides that were set on a tokenizer are not saved by transformers 5. Whoever cuts a text keeps the EOS that is scored.
+    sides = {"padding_side": "right", "truncation_side": "left"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | sides, indent=2, ensure_ascii=False) + "\n")
+    os.umask(umask := os.umask(0))
+    for path in folder.glob("*.safetensors"):  # written readable for the owner alone, whatever the umask says
+        path.chmod(0o666 & ~umask)
