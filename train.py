@@ -1,7 +1,7 @@
 """Train a reward model on pairs of answers: `torchrun --nproc_per_node 8 train.py`, or `python train.py`.
 
-Read from top to bottom: flags, then one explicit loop. The parts with mathematics in them are plain functions in
-minirm/. With no flags it trains a tiny model on embedded data, in minutes, on any machine.
+Read it from top to bottom: flags, set-up, then one explicit loop. Whatever holds mathematics is a plain function in
+minirm/.
 """
 
 import argparse
@@ -11,10 +11,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -26,14 +28,14 @@ from minirm import checkpoint, run, shard
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
-from minirm.data.prepare import prepare, totals
+from minirm.data.prepare import Prepared, prepare, totals
 from minirm.errors import InputError, Parser, Stop, one_line, refusing
 from minirm.estimate import show_plan
 from minirm.files import as_json
-from minirm.freeze import find_blocks, freeze_bottom_layers
+from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
-from minirm.model import check_fit, empty_model, load_config
-from minirm.plan import make_plan, steps_per_epoch
+from minirm.model import RewardModel, check_fit, empty_model, load_config
+from minirm.plan import make_plan
 from minirm.plot import save_curves
 from minirm.probe import probe_shared_rows
 from minirm.report.card import model_card
@@ -49,70 +51,83 @@ LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is 
 
 
 def print0(line: str) -> None:
-    """On the first process, to stderr, and not into the middle of a progress bar."""
+    """Print on rank 0 to stderr without breaking the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
 
 
+DESCRIPTION = """Train a reward model on human preference pairs: prompts with a chosen and a rejected answer.
+Without flags it trains a tiny model on embedded data, in minutes, on any machine. The other defaults are the published
+recipe for a 6B model."""
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Raises InputError for unknown flags and values out of range."""
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
+    """Parse and check the flags. Raises InputError for unknown flags and values out of range."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=DESCRIPTION, formatter_class=formatter, allow_abbrev=False)
     # fmt: off
-    add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
+    add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=["demo"],
         help=".jsonl .json .csv .parquet files, dataset names or name:split; demo: made here")
-    add("--eval_data", nargs="+", default=[], help="the same, to evaluate on; off: --eval_fraction of the prompts is held out")
+    add("--eval_data", nargs="+", default=[], help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
-    add("--separator", default=r"\n", type=unescaped, help="between prompt and answer, unless whitespace already stands there")
-    add("--chat_template", help="Jinja file for data made of messages; off: the tokenizer's own")
-    add("--output_dir", default="runs/demo", help="folder for the trained model and metrics.jsonl")
+    add("--separator", default=r"\n", type=unescaped, help="text between prompt and answer, unless whitespace already stands there")
+    add("--chat_template", help="Jinja file for chat data (default: the tokenizer's own)")
     add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
     add("--overlong", default="truncate", choices=["truncate", "drop", "error"],
         help="longer comparisons: cut the prompt from the left, leave them out, or stop")
-    add("--freeze_ratio", type=float, default=0.7, help="share of the bottom layers frozen; 0: train all, 1: the head alone")
-    add("--train_embeddings", action="store_true", help="train the embeddings; off: they are frozen with the layers")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
+    add("--freeze_ratio", type=float, default=0.7, help="share of the bottom layers that is frozen; 0 trains all, 1 trains the head alone")
+    add("--train_embeddings", action="store_true", help="train the embeddings too (default: they are frozen with the layers)")
+    add = parser.add_argument_group("objective").add_argument
     add("--loss", default="divergence", choices=["divergence", "last", "trlx"],
-        help="every token from the first difference on, the end rewards alone, or trlx's as published, pads and all")
+        help="divergence: every token from the first difference on; last: the end rewards alone; trlx: as published, pads and all")
     add("--pair_weight", default="pair", choices=["pair", "prompt"],
-        help="every comparison counts as one, or every prompt, its comparisons sharing that")
+        help="pair: every comparison counts equally; prompt: every prompt does, and its comparisons share that weight")
     add("--center_rewards_coefficient", type=float, default=0.0,
-        help="of (chosen + rejected)^2, added to the loss; 0.01 keeps rewards around zero, 0: off")
-    add("--margin_scale", type=float, default=1.0, help="units of reward for a margin of 1 in the data; 0: off")
-    add("--row_layout", default="shared", choices=["shared", "separate"],
-        help="a row is a prompt with all its completions, or with one of them")
-    add("--precision", default="auto", choices=["auto", *shard.DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
-    add("--per_device_train_batch_size", type=int, default=1,
-        help="prompts, each with all its comparisons, per process and micro-step")
-    add("--gradient_accumulation_steps", type=int, default=4, help="micro-steps per optimizer step")
-    add("--num_train_epochs", type=float, default=5, help="passes over the training data")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: by epochs, 0: only evaluate")
-    add("--learning_rate", type=float, default=1e-5, help="the highest of the schedule")
-    add("--warmup_steps", type=int, default=100, help="optimizer steps; 0: off")
+        help="weight of (chosen + rejected)^2 in the loss; 0.01 centers rewards at zero, 0 disables it")
+    add("--margin_scale", type=float, default=1.0, help="units of reward for a margin of 1 in the data; 0 ignores margins")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--learning_rate", type=float, default=1e-5, help="peak learning rate")
+    add("--warmup_steps", type=int, default=100, help="optimizer steps of warm-up; 0 disables it")
     add("--lr_scheduler_type", default="constant_with_warmup", help="a name as in transformers.get_scheduler",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
                  "inverse_sqrt"])
-    add("--weight_decay", type=float, default=0.0, help="of AdamW; 0: off")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: off")
-    add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at start and end")
-    add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints; 0: only when stopped by a signal")
-    add("--save_total_limit", type=int, default=1, help="checkpoints kept, the newest; 0: all")
-    add("--keep", default="best", choices=["best", "last"],
-        help="export the model of the evaluation with the lowest eval_loss, that of step 0 aside, or the last one")
-    add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
-    add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0: off")
+    add("--num_train_epochs", type=float, default=5, help="training epochs")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: by epochs, 0: only evaluate")
+    add("--per_device_train_batch_size", type=int, default=1,
+        help="prompts, each with all its comparisons, per process and micro-step")
+    add("--gradient_accumulation_steps", type=int, default=4, help="micro-steps per optimizer step")
+    add("--weight_decay", type=float, default=0.0, help="AdamW weight decay; 0 disables it")
+    add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; 0 disables clipping")
+    add("--seed", type=int, default=0, help="random seed (data order, held-out split, head)")
+    add = parser.add_argument_group("evaluation and logging").add_argument
+    add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at the start and the end")
+    add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0 disables them")
     add("--report_to", nargs="+", default=["none"], choices=["none", "tensorboard", "wandb"],
-        help="send the numbers of metrics.jsonl there as well")
-    add("--gradient_checkpointing", action="store_true", help="trained layers keep less and compute twice; off: once")
-    add("--shard_size", type=int, default=0, help="processes that share one copy of the trained parameters; 0: a machine's")
-    add("--cpu_offload", action="store_true", help="trained parameters and optimizer in host memory, for GPUs; off: on the device")
-    add("--cache_trunk", help="folder to keep the frozen layers' outputs in, computed once for all epochs and runs; off: none")
-    add("--profile", type=int, default=0, help="optimizer steps to profile, the third and on; traces go to --output_dir; 0: off")
-    add("--plan", action="store_true", help="say what a run would take in memory, network and time, and end; needs no data")
+        help="also log the same metrics there")
+    add("--profile", type=int, default=0, help="optimizer steps to profile, from the third on; traces go to --output_dir; 0 disables it")
+    add = parser.add_argument_group("saving and resuming").add_argument
+    add("--output_dir", default="runs/demo", help="folder for the trained model, metrics.jsonl and checkpoints")
+    add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints; 0: only when stopped by a signal")
+    add("--save_total_limit", type=int, default=1, help="how many of the newest checkpoints are kept; 0 keeps all")
+    add("--keep", default="best", choices=["best", "last"],
+        help="model to export: that of the evaluation with the lowest eval_loss (step 0 aside), or the last one")
+    add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--precision", default="auto", choices=["auto", *shard.DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
+    add("--row_layout", default="shared", choices=["shared", "separate"],
+        help="shared: a row is a prompt with all its completions; separate: with one of them")
+    add("--cache_trunk", help="folder for the frozen layers' outputs, computed once for all epochs and runs (default: no cache)")
+    add("--gradient_checkpointing", action="store_true", help="recompute the trained layers in backward to save memory")
+    add("--shard_size", type=int, default=0, help="processes that share one copy of the trained parameters; 0: those of a machine")
+    add("--cpu_offload", action="store_true", help="keep trained parameters and optimizer state in host memory (GPUs only)")
+    add = parser.add_argument_group("planning").add_argument
+    add("--plan", action="store_true", help="print what a run would take in memory, network and time, and exit; needs no data")
     add("--world_size", type=int, default=1, help="devices to plan for")
     add("--device", type=float, nargs=3, default=[], metavar=("GB", "TFLOP/s", "GB/s"),
-        help="what each of them has, computes at this precision, and sends; without it: an H100, 80 400 300, or this machine's memory")
-    add("--seed", type=int, default=0, help="of the data's order, the held-out prompts and the head")
+        help="memory, speed at this precision and network of each device (default: this machine's memory or 80, 400, 300)")
     # fmt: on
     args = parser.parse_args(argv)
     if args.model == "demo":  # so small a model wants other values than one of billions of parameters
@@ -166,21 +181,25 @@ def comparison_loss(args: argparse.Namespace, batch: Batch, rewards: torch.Tenso
     return losses
 
 
-def train(args: argparse.Namespace) -> None:
-    output = Path(args.output_dir)
-    device, mesh = shard.start_processes(args.shard_size)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    patient = dist.new_group(backend="gloo", timeout=shard.START_TIMEOUT)  # for what one does while the others wait
-    shard.on_first_process(patient, run.check_output, output, args.resume_from_checkpoint)
-    if args.precision == "auto":
-        args.precision = "fp16" if device.type == "cuda" else "fp32"
-    dtype = shard.DTYPES[args.precision]
+class Inputs(NamedTuple):
+    """What a run is made of, before any weight is loaded."""
 
-    # -- The data, and everything that can be refused: before any weight is loaded. ------------------------------------
-    with shard.first_process_first(patient):
+    config: transformers.PretrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
+    model: RewardModel  # on the meta device: shapes without memory
+    frozen: Frozen
+    data: Prepared
+    layout: str  # of the rows: "shared" or "separate"
+    not_shared: str | None  # why the rows are not shared, if they could have been
+
+
+def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
+    """Read configuration, tokenizer and data, and freeze the empty model. Raises InputError on all ranks alike."""
+    shard.on_first_process(processes.patient, run.check_output, Path(args.output_dir), args.resume_from_checkpoint)
+    with shard.first_process_first(processes.patient):
         use_demo(args)
         config, tokenizer = load_config(args.model, args.chat_template)
-        model = empty_model(config)  # shapes without memory
+        model = empty_model(config)
         use_sdpa(model.trunk)
         with refusing(f"--model {args.model}: its layers cannot be frozen", ValueError):
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
@@ -189,56 +208,62 @@ def train(args: argparse.Namespace) -> None:
             max_length=args.max_length, overlong=args.overlong, seed=args.seed,
         )  # fmt: skip
         check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
-    # Shared rows are exact or not used: a small model of the same kind decides, before any weight is loaded.
+    # Shared rows are used only if they give identical results: a small model of the same kind decides.
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
-    layout = "separate" if not_shared else args.row_layout
-    extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
+    return Inputs(config, tokenizer, model, frozen, data, "separate" if not_shared else args.row_layout, not_shared)
 
-    # Sorted by unique tokens in either layout, so that both take the same steps.
+
+def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Processes) -> TrunkCache | None:
+    """Shard the empty model, then fill it: every rank reads its own share. Returns the cache of --cache_trunk."""
+    config, model, frozen, dtype = inputs.config, inputs.model, inputs.frozen, shard.DTYPES[args.precision]
+    extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
+    if args.gradient_checkpointing:
+        shard.checkpoint_trained_blocks(model)
+    shard.cast_frozen(model, dtype)
+    shard.shard(model, processes.mesh, dtype, args.cpu_offload)
+    with shard.first_process_first(processes.patient):  # in case there is something to fetch
+        read = stored_weights(args.model, config, model, args.seed)
+    load = partial(load_weights, args.model, config, args.seed)
+    read = shard.fill(model, processes.device, args.cpu_offload, processes.patient, read, load)
+    if not args.cache_trunk:
+        return None
+    about = (config, inputs.tokenizer, read, frozen, inputs.data.report, inputs.layout, processes.device.type)
+    folder = shard.on_first_process(processes.patient, open_folder, args, *about)
+    return TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], extras, dtype, folder)
+
+
+def train(args: argparse.Namespace) -> None:
+    processes = shard.start_processes(args.shard_size)
+    device, rank, world_size, patient = processes.device, processes.rank, processes.world_size, processes.patient
+    if args.precision == "auto":
+        args.precision = "fp16" if device.type == "cuda" else "fp32"
+    output, dtype = Path(args.output_dir), shard.DTYPES[args.precision]
+    inputs = read_inputs(args, processes)
+    data, tokenizer, model = inputs.data, inputs.tokenizer, inputs.model
+    resumed = run.begin(args, data, inputs.config, tokenizer, processes)
+    start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
+    epoch_steps, total_steps = resumed.epoch_steps, resumed.total_steps
+
+    # Rows are sorted by unique tokens in either layout, so that both take the same steps.
     lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
     pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
     weights = pairs["train"]
     if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
         weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
-    recipe = run.make_recipe(args, data, config, tokenizer, world_size)
-    run.all_alike(recipe, patient)  # every machine has read data and model for itself
-    # Begins, or goes on from a checkpoint, with as many prompts a step as before whatever the number of processes.
-    resumed = shard.on_first_process(patient, run.open_run, args, recipe, world_size)
-    start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
-    batch_size, asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    accumulation = args.gradient_accumulation_steps = run.accumulation(resumed, world_size, batch_size, asked)
-    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, accumulation)
-    total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
-    cut = {"world_size": world_size, "batch_size": batch_size, "seed": args.seed}
-    eval_plan = make_plan(lengths["eval"], pairs["eval"], shuffle=False, **cut)
-
-    form = {"row_layout": layout, "pad_id": tokenizer.pad_token_id, "row_limit": 2 * args.max_length}
-    to_batch = partial(collate, **form, trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None)
-    shard.on_first_process(patient, run.begin, output, resumed, args, world_size, total_steps)
-    trackers = []
+    plan_of = partial(make_plan, world_size=world_size, batch_size=args.per_device_train_batch_size, seed=args.seed)
+    eval_plan = plan_of(lengths["eval"], pairs["eval"], shuffle=False)
+    to_batch = partial(
+        collate, row_layout=inputs.layout, pad_id=tokenizer.pad_token_id, row_limit=2 * args.max_length,
+        trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None,
+    )  # fmt: skip
+    trackers: list[Callable[[dict], None]] = []  # on rank 0 alone
     shard.on_first_process(patient, lambda: trackers.append(open_trackers(args.report_to, output, vars(args), start)))
     if rank == 0:
-        sample = make_plan(lengths["train"], pairs["train"], **cut)
-        sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample[:64]]
-        print(start_report(args, data, tokenizer, model, frozen, layout, not_shared, sample))
-
-    # -- The model: empty on every rank, sharded, then filled: every rank reads its share. --------------------------------
-    if args.gradient_checkpointing:
-        shard.checkpoint_trained_blocks(model)
-    shard.cast_frozen(model, dtype)
-    shard.shard(model, mesh, dtype, args.cpu_offload)
-    with shard.first_process_first(patient):  # in case there is something to fetch
-        read = stored_weights(args.model, config, model, args.seed)
-    load = partial(load_weights, args.model, config, args.seed)
-    read = shard.fill(model, device, args.cpu_offload, patient, read, load)
-    cache = None
-    if args.cache_trunk:
-        folder = shard.on_first_process(
-            patient, open_folder, args, config, tokenizer, read, frozen, data.report, layout, device.type
-        )
-        cache = TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], extras, dtype, folder)
-    del read  # it may hold all weights
-    # By name, now: after a forward pass of FSDP the model may hold gathered copies instead of these.
+        sample = plan_of(lengths["train"], pairs["train"])[:64]
+        sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample]
+        print(start_report(args, data, tokenizer, model, inputs.frozen, inputs.layout, inputs.not_shared, sample))
+    cache = load_model(args, inputs, processes)
+    # Collect the sharded parameters now: after a forward pass FSDP may have swapped in unsharded copies.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), args.learning_rate, (0.9, 0.999), weight_decay=args.weight_decay)
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
@@ -315,7 +340,7 @@ def train(args: argparse.Namespace) -> None:
     for step in range(start, total_steps):
         epoch, place = divmod(step, epoch_steps)
         if place == 0 or step == start:
-            plan = make_plan(lengths["train"], weights, accumulation=accumulation, epoch=epoch, **cut)
+            plan = plan_of(lengths["train"], weights, accumulation=args.gradient_accumulation_steps, epoch=epoch)
         micro_steps, step_weight = plan[place]
         # One optimizer step, in this order:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
@@ -410,7 +435,7 @@ def train(args: argparse.Namespace) -> None:
             except Exception as error:  # noqa: BLE001 - matplotlib is not there, or broken: no picture, but a model
                 print(f"no curves.png: {one_line(error)}")
             with checkpoint.whole_model(output) as folder:
-                export(state, config, tokenizer, folder, notes)
+                export(state, inputs.config, tokenizer, folder, notes)
                 (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
             run.finish(output, total_steps)
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from minirm.errors import InputError, Stop, one_line
-from minirm.files import PARTIAL, file_digest, put, sync
+from minirm.files import PARTIAL, file_digest, put, to_disk
 from minirm.shard import on_first_process
 
 STATE, SUMS, METRICS = "checkpoint.json", "SHA256SUMS", "metrics.jsonl"
@@ -119,14 +119,14 @@ def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], li
     """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
     if missing := [name for name in files if not (partial / name).exists()]:
         raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
-    sync(metrics := final.with_name(METRICS))
+    to_disk(metrics := final.with_name(METRICS))
     state = state | {"metrics": metrics.stat().st_size}
     put(partial / STATE, json.dumps(state, indent=1).encode())
     files[STATE] = file_digest(partial / STATE)
     put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())).encode())
     _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
     os.rename(partial, final)
-    sync(final.parent)
+    to_disk(final.parent)
     there = checkpoints(final.parent)
     kept = [step for step in there if step <= state["step"]][: limit or None]  # newer ones were passed over: not whole
     for step in there.keys() - kept:
@@ -152,14 +152,14 @@ def whole_model(output: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in (*partial.iterdir(), partial):
-            sync(path)
+            to_disk(path)
         (output / "config.json").unlink(missing_ok=True)
-        sync(output)
+        to_disk(output)
         for path in output.glob("model*.safetensors*"):  # another number of shards has other names
             path.unlink()
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, output / path.name)
-            sync(output)
+            to_disk(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,15 +19,15 @@ def put(path: Path, content: bytes, sync: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         if sync:
-            sync(partial)
+            to_disk(partial)
         os.replace(partial, path)
         if sync:
-            sync(path.parent)
+            to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """A file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ from minirm.data.prepare import Prepared
 from minirm.data.tokens import tokenizer_state
 from minirm.errors import InputError, Stop, refusing
 from minirm.files import PARTIAL, put
+from minirm.plan import steps_per_epoch
+from minirm.shard import Processes, on_first_process
 
 RUN = "run.json"
 
@@ -41,6 +44,8 @@ class Run(NamedTuple):
     state: dict  # of the checkpoint, or START; its recipe is what a checkpoint has to agree with
     checkpoint: Path | None  # to go on from
     finished: int | None  # steps after which it was finished
+    epoch_steps: int = 0  # optimizer steps an epoch
+    total_steps: int = 0  # optimizer steps of the whole run
 
 
 def restarted() -> bool:
@@ -174,12 +179,30 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
     return whole // product
 
 
-def begin(output: Path, run: Run, args: Namespace, processes: int, total_steps: int) -> None:
-    """On the first process: the record, and metrics.jsonl cut back to the start. Nothing else can be refused afterwards.
+def begin(args: Namespace, data: Prepared, config, tokenizer, processes: Processes) -> Run:
+    """Begin a run, or go on with one, with as many prompts a step as before whatever the number of processes.
 
-    Raises Stop if the run is finished, and InputError if it cannot be brought to end after total_steps.
+    Sets args.gradient_accumulation_steps to what that takes. After this nothing can be refused any more.
+    Raises InputError, and Stop if the run is finished, on all processes alike.
     """
-    done = max(run.finished or 0, run.state["step"])
+    world_size, batch_size = processes.world_size, args.per_device_train_batch_size
+    recipe = make_recipe(args, data, config, tokenizer, world_size)
+    all_alike(recipe, processes.patient)  # every machine has read data and model for itself
+    run = on_first_process(processes.patient, open_run, args, recipe, world_size)
+    args.gradient_accumulation_steps = accumulation(run, world_size, batch_size, args.gradient_accumulation_steps)
+    epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, args.gradient_accumulation_steps)
+    total_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * epoch_steps)
+    run = run._replace(epoch_steps=epoch_steps, total_steps=total_steps)
+    on_first_process(processes.patient, write_record, run, args, world_size)
+    return run
+
+
+def write_record(run: Run, args: Namespace, processes: int) -> None:
+    """Write run.json and cut metrics.jsonl back to where the run goes on. On the first process.
+
+    Raises Stop if the run is finished, and InputError if it cannot be brought to end after run.total_steps.
+    """
+    output, total_steps, done = Path(args.output_dir), run.total_steps, max(run.finished or 0, run.state["step"])
     if run.finished == total_steps:
         raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
     if done > total_steps or (run.finished and not run.checkpoint):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,18 @@ FROZEN_SHARE = 0.4
 TRAINED_SHARE = 0.1
 
 
-def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
-    """Joins the processes that torchrun started, or makes a group of one. Returns this one's device and the mesh.
+class Processes(NamedTuple):
+    """This process among all."""
+
+    device: torch.device
+    mesh: DeviceMesh  # [shard] or [replicate, shard]
+    rank: int
+    world_size: int
+    patient: dist.ProcessGroup  # with a long time-out, for waiting while one process works
+
+
+def start_processes(shard_size: int = 0) -> Processes:
+    """Join the processes that torchrun started, or make a group of one.
 
     The mesh is [shard], or [replicate, shard] where a copy of the model is spread over `shard_size` < all processes, which
     follow each other (0: those of a machine), and there are several copies. Raises InputError if it does not divide them.
@@ -62,10 +72,10 @@ def start_processes(shard_size: int = 0) -> tuple[torch.device, DeviceMesh]:
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(STEP_TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT)
-    if shard_size == processes:
-        return device, init_device_mesh(device.type, (processes,))
-    sizes = processes // shard_size, shard_size
-    return device, init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    sizes, names = (processes // shard_size, shard_size), ("replicate", "shard")
+    whole = shard_size == processes
+    mesh = init_device_mesh(device.type, sizes[whole:], mesh_dim_names=None if whole else names)
+    return Processes(device, mesh, rank, world_size, dist.new_group(backend="gloo", timeout=START_TIMEOUT))
 
 
 def interface_towards(host: str) -> str:

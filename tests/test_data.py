@@ -912,7 +912,7 @@ def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, t
     """A killed process cleans nothing up; another may get its process id, in a container nearly always."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
-import os, signal, minirm.data
+import os, signal, minirm.data.prepare
 from conftest import make_tokenizer
 original, own = minirm.data.prepare.to_group, os.getpid()
 def stops(members, counts, every):
@@ -936,7 +936,7 @@ def test_two_processes_at_once_end_with_the_same(tmp_path):
     """The slower one finds the folder there when it wants to put its own in that place."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
-import os, sys, time, minirm.data
+import os, sys, time, minirm.data.prepare
 from pathlib import Path
 from conftest import make_tokenizer
 original, here = minirm.data.prepare.write_groups, Path({str(tmp_path)!r})

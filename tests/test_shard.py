@@ -28,7 +28,7 @@ def one_process():
 def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute_precision(
     family, dtype, model_folder, one_process
 ):
-    device, mesh = one_process
+    device, mesh, *_ = one_process
     config, _ = load_config(str(model_folder(family)))
     model = empty_model(config)
     frozen = set(freeze_bottom_layers(model, 0.7).parameters)

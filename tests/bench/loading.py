@@ -43,7 +43,7 @@ def load(folder: str) -> None:
     several = "RANK" in os.environ
     config, _ = load_config(folder)
     if several:
-        device, mesh = shard.start_processes()
+        device, mesh, *_ = shard.start_processes()
         patient = torch.distributed.new_group(backend="gloo", timeout=shard.START_TIMEOUT)
         dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -50,7 +50,7 @@ def child(case: dict) -> None:
     from minirm.shard import begin_micro_step, cast_frozen, checkpoint_trained_blocks, shard, start_processes
 
     torch.set_num_threads(1)
-    device, mesh = start_processes()
+    device, mesh, *_ = start_processes()
     before = resident("VmRSS")
     model = empty_model(make_config(case["family"], case["width"], case["layers"]))
     use_sdpa(model.trunk)

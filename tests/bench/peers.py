@@ -238,7 +238,7 @@ def in_child(function: Callable, *args):
 
 def peak_memory(method: str, folder: Path, groups: list[dict], args) -> int:
     """Bytes above what the process had before."""
-    device, mesh = start_processes()
+    device, mesh, *_ = start_processes()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     make(method, folder, groups, args, device, mesh)()
     if device.type == "cuda":
@@ -302,7 +302,7 @@ def main() -> None:
         folder = Path(temporary)
         in_child(save_model, folder, args)
         memory = {(n, m): in_child(peak_memory, m, folder, groups[n], args) for n in shapes for m in args.methods}
-        device, mesh = start_processes()
+        device, mesh, *_ = start_processes()
         unit = f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, " + (
             torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
 
-    device, mesh = start_processes()
+    device, mesh, *_ = start_processes()
     dtype = DTYPES[args.precision]
     config = make_config(args.model, args.width, args.layers)
     torch.manual_seed(0)
