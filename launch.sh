@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a fresh machine: ./launch.sh [flags of train.py]. The test suite: ./launch.sh test [flags of pytest].
+# Raise the pinned versions: ./launch.sh pins (tests the newest ones within setup.py's ranges, then writes tests/constraints.txt).
 #   NPROC                                           processes on this machine; default: one per GPU, one without GPUs
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several machines: the same command on each, NODE_RANK 0, 1, ...
 #                                                   Slurm knows them: srun --ntasks-per-node=1 ./launch.sh [flags]
@@ -7,22 +8,40 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-extra=""
+extra="[plot]"
 needs="import minirm, torch, transformers, datasets, safetensors, tqdm"
-if [ "${1:-}" = test ]; then
-  extra="[test]"
-  needs="$needs, pytest, xdist"
-fi
+case "${1:-}" in test | pins)
+  extra="[test,plot]"
+  needs="$needs, pytest, xdist, matplotlib" ;;
+esac
 python=${PYTHON:-$(command -v python3 || command -v python)}
-# The environment that is active, if it has what is needed; else .venv beside this file, made and filled once.
+# Install minirm with the versions of a list: `install INTERPRETER LIST`. torch comes first, since it is the largest.
+install() {
+  "$1" -m pip install --quiet --disable-pip-version-check --constraint "$2" torch
+  "$1" -m pip install --quiet --disable-pip-version-check --constraint "$2" -e ".$extra"
+}
+if [ "${1:-}" = pins ]; then
+  new=$(mktemp -d)
+  trap 'rm -rf "$new"' EXIT
+  "$python" -m venv "$new"
+  install "$new/bin/python" /dev/null
+  "$new/bin/python" -m pytest -q -n 2 --dist worksteal tests
+  # Not +cpu or +cu130: which build of torch a machine gets is its own affair, and so are the libraries of CUDA.
+  { grep "^#" tests/constraints.txt
+    "$new/bin/python" -m pip freeze --exclude-editable | grep -vE "^(nvidia|cuda|triton)" | sed "s/+[a-z0-9]*$//"
+  } > "$new/list"
+  cp "$new/list" tests/constraints.txt
+  exit
+fi
+# Use the active environment if it has what is needed, else .venv beside this file, made and filled once.
 if ! "$python" -c "$needs" 2>/dev/null; then
+  "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
+    { echo "launch.sh: $python is older than Python 3.11; name a newer one: PYTHON=python3.11 ./launch.sh" >&2; exit 2; }
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   python=$PWD/.venv/bin/python
   if ! "$python" -c "$needs" 2>/dev/null; then
-    echo "launch.sh: installing minirm$extra into .venv" >&2
-    # torch first and by number: the newest of the tested range, not whatever came out since.
-    "$python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-    "$python" -m pip install --quiet --disable-pip-version-check -e ".$extra"
+    echo "launch.sh: installing minirm$extra into .venv, in the versions of tests/constraints.txt" >&2
+    install "$python" tests/constraints.txt
   fi
 fi
 

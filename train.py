@@ -22,9 +22,10 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.specifiers import SpecifierSet
 from tqdm import tqdm
 
-from minirm import checkpoint, run, shard
+from minirm import TESTED, checkpoint, run, shard
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
@@ -191,6 +192,7 @@ class Inputs(NamedTuple):
     data: Prepared
     layout: str  # of the rows: "shared" or "separate"
     not_shared: str | None  # why the rows are not shared, if they could have been
+    extras: int | None  # see `probe_trunk_cache`
 
 
 def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
@@ -210,13 +212,14 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
         check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
     # Shared rows are used only if they give identical results: a small model of the same kind decides.
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
-    return Inputs(config, tokenizer, model, frozen, data, "separate" if not_shared else args.row_layout, not_shared)
+    extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
+    layout = "separate" if not_shared else args.row_layout
+    return Inputs(config, tokenizer, model, frozen, data, layout, not_shared, extras)
 
 
 def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Processes) -> TrunkCache | None:
     """Shard the empty model, then fill it: every rank reads its own share. Returns the cache of --cache_trunk."""
     config, model, frozen, dtype = inputs.config, inputs.model, inputs.frozen, shard.DTYPES[args.precision]
-    extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
     if args.gradient_checkpointing:
         shard.checkpoint_trained_blocks(model)
     shard.cast_frozen(model, dtype)
@@ -229,7 +232,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
         return None
     about = (config, inputs.tokenizer, read, frozen, inputs.data.report, inputs.layout, processes.device.type)
     folder = shard.on_first_process(processes.patient, open_folder, args, *about)
-    return TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], extras, dtype, folder)
+    return TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], inputs.extras, dtype, folder)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -444,6 +447,14 @@ def train(args: argparse.Namespace) -> None:
         print(final_report(result), last_words(result, last, output), sep="\n")
 
 
+def warn_untested() -> None:
+    """Say which installed versions lie outside the tested ranges. The run goes on."""
+    for module in (torch, transformers):
+        name, version = module.__name__, module.__version__
+        if not SpecifierSet(TESTED[name]).contains(version, prereleases=True):
+            print0(f"train.py: warning: {name} {version} is installed, but minirm is tested with {name}{TESTED[name]}")
+
+
 def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of OPT's views, which nothing changes in place
@@ -452,6 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     line, code, rank = "", 0, os.environ.get("RANK", "0")
     try:
         args = parse_args(argv)
+        warn_untested()
         (show_plan if args.plan else train)(args)
     except InputError as error:
         line, code = f"error: {error}", 2

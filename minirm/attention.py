@@ -74,14 +74,14 @@ def _additive(allowed, positions, window, dtype):
 
 
 def use_sdpa(trunk):
-    """Sends the attention of GPT-J and GPT-Neo, eager only in transformers, through SDPA. Others stay as they are.
+    """Send attention that can only be eager (GPT-Neo, and GPT-J where it has its own `_attn`) through SDPA, in place.
 
-    In place, the config too, so that transformers makes no mask where SDPA needs none; no second model can be made from
-    that object. Under float16 autocast this is the safer way: the original turns queries and keys to float32 against
-    overflow, autocast turns them back; SDPA sums and scales in float32 inside. Without dropout and key-value cache.
+    The config changes too, so that transformers makes no mask where SDPA needs none; no second model can be made from
+    that object. Under float16 autocast SDPA is also safer: the eager code turns queries and keys to float32 against
+    overflow and autocast turns them back, while SDPA sums and scales in float32. Dropout and key-value caches are left out.
     """
     for module in trunk.modules():
-        if type(module) in (GPTJAttention, GPTNeoSelfAttention):
+        if isinstance(module, (GPTJAttention, GPTNeoSelfAttention)) and hasattr(module, "_attn"):
             module._attn = types.MethodType(_sdpa_attn, module)
             trunk.config._attn_implementation = "sdpa"  # not saved
 

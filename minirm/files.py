@@ -35,12 +35,9 @@ def to_disk(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file. hashlib has this from Python 3.11 on."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -115,6 +115,23 @@ def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int 
     )
 
 
+# What touches transformers or torch closely: it has to pass at both ends of the tested ranges (`-m core`).
+CORE = {
+    f"test_{name}.py"
+    for name in ["attention", "estimate", "export", "model", "shard", "train", "trunk_cache", "versions"]
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in CORE:
+            item.add_marker("core")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: passes at both ends of the tested ranges of torch and transformers")
+
+
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 import minirm.data.prepare
+import minirm.data.tokens
 from minirm.data.chat import join, render, set_chat_template
 from minirm.data.prepare import hold_out, prepare, prompt_key, read_texts
 from minirm.data.tokens import common_prefix, encode, tokenise
@@ -892,7 +893,7 @@ def test_a_changed_folder_of_files_is_read_anew(characters, tmp_path):
 
 def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_path, monkeypatch):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
-    original, calls = minirm.data.prepare.to_group, []
+    original, calls = minirm.data.tokens.to_group, []
 
     def stops(*arguments, **options):
         calls.append(1)
@@ -900,11 +901,11 @@ def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_p
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(minirm.data.prepare, "to_group", stops)
+    monkeypatch.setattr(minirm.data.tokens, "to_group", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(characters, [source], cache_dir=tmp_path)
     assert list((tmp_path / "minirm").iterdir()) == []
-    monkeypatch.setattr(minirm.data.prepare, "to_group", original)
+    monkeypatch.setattr(minirm.data.tokens, "to_group", original)
     assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
 
 
@@ -912,14 +913,14 @@ def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, t
     """A killed process cleans nothing up; another may get its process id, in a container nearly always."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
-import os, signal, minirm.data.prepare
+import os, signal, minirm.data.prepare, minirm.data.tokens
 from conftest import make_tokenizer
-original, own = minirm.data.prepare.to_group, os.getpid()
+original, own = minirm.data.tokens.to_group, os.getpid()
 def stops(members, counts, every):
     if counts[0]["kept"] == 10:
         os.kill(own, signal.SIGKILL)
     return original(members, counts, every)
-minirm.data.prepare.to_group = stops
+minirm.data.tokens.to_group = stops
 os.getpid = lambda: {os.getpid()}
 minirm.data.prepare.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir={str(tmp_path)!r})
 """
