@@ -45,6 +45,7 @@ from minirm.report.measure import TENTHS, describe, measure, right_by_tenth
 from minirm.report.profile import profiler
 from minirm.report.trackers import open_trackers
 from minirm.rows import Batch, collate
+from minirm.signals import Watch, interrupted
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 from minirm.weights import export, load_weights, stored_weights
 
@@ -235,7 +236,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
     return TrunkCache(list(find_blocks(model)[1])[: len(frozen.layers)], inputs.extras, dtype, folder)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, watch: Watch) -> None:
     processes = shard.start_processes(args.shard_size)
     device, rank, world_size, patient = processes.device, processes.rank, processes.world_size, processes.patient
     if args.precision == "auto":
@@ -307,15 +308,17 @@ def train(args: argparse.Namespace) -> None:
         return bool(every) and step % every == 0 or step == total_steps
 
     @torch.no_grad()
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> int:
         """Every held-out pair once: each rank fills in its own pairs' rows, and the sum over ranks is the whole table.
 
-        Keeps the parameters if there were no better ones before.
+        Keeps the parameters if there were no better ones before. Returns the signal that cut it short, or 0.
         """
         nonlocal result, best
         # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
         table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
         for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
+            if stop := run.agreed(watch.caught):
+                return stop
             batch, rewards, losses = compute("eval", micro_step[rank])
             if micro_step[rank]:
                 here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device, non_blocking=True)
@@ -327,13 +330,14 @@ def train(args: argparse.Namespace) -> None:
         if args.keep == "best" and step and result["eval_loss"] < best.get("eval_loss", math.inf):
             best = result
             kept.update(checkpoint.copies(trained))
+        return 0
 
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
-    caught: list[int] = []  # of SIGTERM, SIGINT, SIGUSR1, so that the step is finished and saved first
-    run.note_signals(caught)
-    if start == 0 or (due(args.eval_steps, start) and result["step"] < start):
-        evaluate(start)
+    watch.saving = True  # from here on a signal waits until the step is finished and saved
+    unevaluated = start == 0 or (due(args.eval_steps, start) and result["step"] < start)
+    if unevaluated and (stop := evaluate(start)):
+        raise Stop(interrupted(stop), 128 + stop)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
     before = torch.tensor(resumed.state["sums"], dtype=torch.float64).view(-1, 8)[rank::world_size].sum(dim=0)
     sums = before[:4].to(device)  # weighted loss, weight, correct, reward margin
@@ -366,7 +370,7 @@ def train(args: argparse.Namespace) -> None:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm or math.inf)
         grad_norm = norm.full_tensor().item()
-        stop, where = run.agree(caught, losses)  # the same on all ranks, so that all end alike
+        stop, where = run.agree(watch.caught, losses)  # the same on all ranks, so that all end alike
         groups = micro_steps[where[0]][where[1]] if where else [g for of_rank in micro_steps[0] for g in of_rank]
         failed = partial(run.not_finite, step + 1, groups, data, tokenizer)
         if not scaler.is_enabled() and (where or not math.isfinite(grad_norm)):
@@ -404,7 +408,7 @@ def train(args: argparse.Namespace) -> None:
             since = time.perf_counter()
         paused = time.perf_counter()
         if due(args.eval_steps, step) and not stop:
-            evaluate(step)
+            stop = evaluate(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = resumed.state | {
                 "step": step, "schedule_steps": scheduler.last_epoch, "skipped_steps": skipped, "scaler": scaler.state_dict(),
@@ -419,7 +423,7 @@ def train(args: argparse.Namespace) -> None:
             raise Stop(f"{said}; the same command goes on from there", 128 + stop)
         since += time.perf_counter() - paused
     bar.close()
-    run.note_signals(None)
+    watch.saving = not args.save_steps  # without a checkpoint of the last step the export has to be finished
 
     # -- The trained model, for everybody. ------------------------------------------------------------------------------
     last, result = result, best if kept else result
@@ -464,13 +468,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         warn_untested()
-        (show_plan if args.plan else train)(args)
+        if args.plan:
+            show_plan(args)
+        else:
+            with Watch() as watch:
+                train(args, watch)
     except InputError as error:
         line, code = f"error: {error}", 2
     except Stop as stop:
         line, code = stop.args
-    except KeyboardInterrupt:  # before there was anything to save
-        code = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:  # outside of the training loop
+        number = stop.args[0] if stop.args else signal.SIGINT
+        line, code = interrupted(number), 128 + number
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

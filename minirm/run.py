@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -226,11 +225,11 @@ def finish(output: Path, step: int) -> None:
 
 
 # -- Stopping. --------------------------------------------------------------------------------------------------------
-def note_signals(caught: list[int] | None) -> None:
-    """From now on SIGTERM, SIGINT and SIGUSR1 are only noted, in this list; None: they do what they usually do."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, usual if caught is None else lambda n, _: caught.append(n))
+def agreed(caught: list[int]) -> int:
+    """The signal that any process has noticed, the same on all; 0: none. Over gloo, so that no GPU has to wait."""
+    number = torch.tensor(max(caught, default=0))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:

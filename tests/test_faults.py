@@ -5,6 +5,7 @@
 The long forms are tests/bench/crash.py and tests/bench/fuzz.py.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -60,7 +61,7 @@ def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(serv
     """Each signal once along one run, also between the checkpoints that --save_steps asks for."""
     straight, output = tmp_path / "straight", tmp_path / "stopped"
     assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
-    for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0])):
+    for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGHUP, [0])):
         run = server.start(*inputs, "--output_dir", output, world=2)
         before = len(training(output)) if (output / "metrics.jsonl").exists() else 0
         run.until(lambda: (output / "metrics.jsonl").exists() and len(training(output)) > before)  # noqa: B023
@@ -83,6 +84,134 @@ def test_when_one_process_is_killed_the_other_ends_too_and_says_why(server, inpu
     assert time.monotonic() - start < 60
     assert "train.py: process 0 ends, since another one was lost" in run.text()
     assert "Traceback" not in run.text()
+
+
+# Holds a run where it is asked to, with a file as the sign that it has come there.
+HOLD = """
+import time
+from pathlib import Path
+original = {name}
+def held(*arguments, **options):
+    if rank == 0 and {when}:
+        Path({sign!r}).touch()
+        {wait}
+    return original(*arguments, **options)
+{name} = held
+"""
+
+
+@pytest.mark.parametrize(
+    "name, number",
+    [("train.prepare", signal.SIGHUP), ("train.load_weights", signal.SIGINT), ("train.export", signal.SIGTERM)],
+)
+def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server, inputs, tmp_path, name, number):
+    """To both processes, as torchrun sends it. The second one waits for the first inside gloo. Then the run is finished."""
+    flags = [*inputs, "--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "run"]
+    stored = "train.stored_weights = lambda *_: None\n"  # so that the first process reads them for all
+    patch = stored + HOLD.format(name=name, when=True, sign=str(tmp_path / "sign"), wait="time.sleep(60)")
+    run = server.start(*flags, world=2, patch=patch)
+    assert run.until(lambda: (tmp_path / "sign").exists())
+    run.kill(number)
+    start = time.monotonic()
+    codes = run.wait(30)
+    assert time.monotonic() - start < 15 and codes[0] == 128 + number and codes[1] in (1, 128 + number), run.text()
+    line = f"train.py: {number.name}: stopped; no finished step is lost, and the same command goes on"
+    assert line in run.text().splitlines() and "Traceback" not in run.text(), run.text()
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert server.run(*flags, world=2).codes == [0, 0] and (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, inputs, tmp_path):
+    """The main thread waits where no signal wakes it up, as in a collective that another process never enters."""
+    mutex = "import ctypes\nC, MUTEX = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+    wait = "C.pthread_mutex_lock(MUTEX), C.pthread_mutex_lock(MUTEX)"  # locked twice: nothing ever wakes it up
+    patch = mutex + HOLD.format(name="train.prepare", when=True, sign=str(tmp_path / "sign"), wait=wait)
+    run = server.start(*inputs, "--output_dir", tmp_path / "run", patch=patch)
+    assert run.until(lambda: (tmp_path / "sign").exists())
+    run.kill(signal.SIGTERM)
+    assert run.wait(30) == [143] and "SIGTERM: stopped" in run.text()
+
+
+def test_a_signal_in_an_evaluation_cuts_it_short_and_the_resumed_run_makes_it_up(server, inputs, tmp_path):
+    straight, output = tmp_path / "straight", tmp_path / "stopped"
+    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+    patch = """
+measured, agreed = [], train.run.agreed
+def signalled(caught):
+    measured.append(1)
+    if rank == 1 and len(measured) == {calls}: caught.append(1)
+    return agreed(caught)
+train.run.agreed = signalled
+"""  # five held-out prompts on two processes: three micro-steps of an evaluation
+    for calls, step in ((2, None), (5, 3)):
+        run = server.run(*inputs, "--output_dir", output, world=2, patch=patch.format(calls=calls))
+        assert run.codes == [129, 129], run.text()
+        assert max(checkpoints(output), default=None) == step
+    assert server.run(*inputs, "--output_dir", output, world=2).codes == [0, 0]
+    assert compare(straight, output) == []
+
+
+ORPHAN = """
+import os, time
+from minirm import checkpoint
+name = os.environ["KILL_WHILE"]
+module, _, function = name.rpartition(".")
+owner = {"run": train.run, "checkpoint": checkpoint, "train": train}[module]
+original, calls = getattr(owner, function), []
+def killed(*arguments, **options):
+    calls.append(1)
+    if rank == 0 and len(calls) == int(os.environ["KILL_CALL"]):
+        os.kill(os.getppid(), 9)
+        time.sleep(1.5)
+    return original(*arguments, **options)
+setattr(owner, function, killed)
+"""
+# What torchrun starts: train.py, with a patch before.
+PATCHED = """
+import os, sys
+import train
+exec(os.environ["PATCH"], {"train": train, "rank": int(os.environ["RANK"])})
+sys.exit(train.main())
+"""
+
+
+def torchrun(script, flags, log, **env) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
+
+
+def workers(output: Path) -> list[int]:
+    """Processes whose command line names the output folder, but for a torchrun."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(output).encode() in words and b"torch.distributed.run" not in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_run_whose_torchrun_is_killed_saves_and_ends_by_itself(server, inputs, tmp_path):
+    """kill -9 of torchrun during training, evaluation and saving; then the same flags go on, equal to the bit."""
+    straight, output = tmp_path / "straight", tmp_path / "orphaned"
+    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+    (tmp_path / "patched.py").write_text(PATCHED)
+    for name, call in (("train.comparison_loss", 4 + 2 * 4), ("run.agreed", 4), ("checkpoint.save", 1)):
+        with open(tmp_path / "log", "w") as log:
+            env = {"PATCH": ORPHAN, "KILL_WHILE": name, "KILL_CALL": str(call)}
+            run = torchrun(tmp_path / "patched.py", [*inputs, "--output_dir", output], log, **env)
+            assert run.wait(120) == -signal.SIGKILL
+        end = time.monotonic() + 60
+        while workers(output):
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        text = (tmp_path / "log").read_text()
+        assert "SIGTERM: stopped after step" in text and "Traceback" not in text, text
+        step = max(checkpoints(output))
+        assert verify(checkpoints(output)[step]) and len(training(output)) == step < 12
+    assert server.run(*inputs, "--output_dir", output, world=2).codes == [0, 0]
+    assert compare(straight, output) == []
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
