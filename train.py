@@ -30,7 +30,7 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
 from minirm.data.prepare import Prepared, prepare, totals
-from minirm.errors import InputError, Parser, Stop, one_line, refusing
+from minirm.errors import InputError, Parser, Stop, one_line, printable, refusing
 from minirm.estimate import show_plan
 from minirm.files import as_json
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
@@ -277,7 +277,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     kept: dict[str, torch.Tensor] = {}  # the trained parameters at the best evaluation, on the CPU
     if resumed.checkpoint:
         kept = checkpoint.load(resumed.checkpoint, resumed.state, trained, optimizer, scheduler, scaler, patient)
-        print0(f"goes on from {resumed.checkpoint}, step {start} of {total_steps}\n")
+        print0(f"goes on from {printable(resumed.checkpoint)}, step {start} of {total_steps}\n")
 
     def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """One forward pass over a rank's groups -> batch, rewards [R, L], and the loss of each pair [P]."""
@@ -488,7 +488,9 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if line and (rank == "0" or code == 1):
-        tqdm.write(f"train.py: {line}", file=sys.stderr if code else sys.stdout)  # not into the middle of a bar
+        tqdm.write(
+            printable(f"train.py: {line}"), file=sys.stderr if code else sys.stdout
+        )  # not into the middle of a bar
     return code
 
 

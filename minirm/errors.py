@@ -26,8 +26,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+    """The text of an error in one printable line of at most 300 characters."""
+    return printable(" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def printable(text: object) -> str:
+    r"""Text in one line that no terminal obeys: what is not printable is escaped, \n and \x1b as Python writes them.
+
+    For whatever comes from data, file names or model names.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def shown(value: Any) -> str:

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.demo import use_demo
-from minirm.errors import InputError, refusing
+from minirm.errors import InputError, printable, refusing
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import RewardModel, load_config
 from minirm.probe import probe_shared_rows
@@ -215,4 +215,4 @@ def show_plan(args: Namespace) -> None:
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     with refusing(f"--model {args.model}: cannot be planned", (ValueError, RuntimeError)):  # experts in fp32
         found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
-    print(f"{args.model} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")
+    print(f"{printable(args.model)} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")

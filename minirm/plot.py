@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from minirm.errors import InputError, Parser, refusing
+from minirm.errors import InputError, Parser, printable, refusing
 
 # Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -76,7 +76,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
         ) from None
     with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
         figure.savefig(picture, dpi=144, metadata={"Software": None})
-    print(f"the curves are in {picture}")
+    print(f"the curves are in {printable(picture)}")
 
 
 def draw(runs: dict[str, list[dict]]):
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         save_curves(args.runs, args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png")
     except InputError as error:
-        print(f"minirm.plot: error: {error}", file=sys.stderr)
+        print(printable(f"minirm.plot: error: {error}"), file=sys.stderr)
         return 2
     return 0
 

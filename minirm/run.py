@@ -18,7 +18,7 @@ from torch import Tensor
 from minirm.checkpoint import METRICS, START, checkpoints, verify
 from minirm.data.prepare import Prepared
 from minirm.data.tokens import tokenizer_state
-from minirm.errors import InputError, Stop, refusing
+from minirm.errors import InputError, Stop, printable, refusing
 from minirm.files import PARTIAL, put
 from minirm.plan import steps_per_epoch
 from minirm.shard import Processes, on_first_process
@@ -103,7 +103,7 @@ def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
             break
         except ValueError as error:
             problem = f"{folder} is not whole: {error}"
-            print(problem if given else f"{problem}; it is passed over")
+            print(printable(problem if given else f"{problem}; it is skipped"))
     if problem and not state:
         raise InputError(f"{problem}; give a whole checkpoint, or choose another --output_dir to begin anew")
     if given and max(own, default=0) > state["step"]:

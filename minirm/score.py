@@ -30,7 +30,7 @@ from minirm.data.chat import set_chat_template, unescaped
 from minirm.data.prepare import Texts, by_prompt, store
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
-from minirm.errors import InputError, Parser, refusing
+from minirm.errors import InputError, Parser, printable, refusing
 from minirm.files import as_json
 from minirm.probe import probe_shared_rows
 from minirm.report.measure import agreement, by_name, calibration, file_names
@@ -178,7 +178,7 @@ def table(result: dict) -> str:
     done = "{completions:,} completions of {prompts:,} prompts in {seconds:.1f} s"
     lines = [(done + "; rewards {reward_mean:.4f} +- {reward_std:.4f}").format_map(result)]
     if "accuracy" in result:
-        names = {"all": result, **result["by_name"]}
+        names = {"all": result, **{printable(name): row for name, row in result["by_name"].items()}}
         wide = max(map(len, names))
         figures = "  {accuracy:>8.4f}  {accuracy_low:.4f}-{accuracy_high:.4f}  {pairs:>8,}  {ties:>6,}"
         lines.append(" " * wide + "  accuracy  95 % interval     pairs    ties")
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = run(parse_args(argv))
     except InputError as error:
-        print(f"minirm.score: error: {error}", file=sys.stderr)
+        print(printable(f"minirm.score: error: {error}"), file=sys.stderr)
         return 2
     print(table(result), file=sys.stderr)
     print(as_json(result))

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from minirm import attention, probe, rows
 from minirm.data.prepare import totals
 from minirm.data.tokens import tokenizer_state
-from minirm.errors import InputError, refusing
+from minirm.errors import InputError, printable, refusing
 from minirm.files import put
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.rows import Batch
@@ -111,7 +111,7 @@ class TrunkCache:
         except OSError as error:
             self.writing = False
             line = f"--cache_trunk {self.folder.parent}: cannot be written ({error.strerror or error})"
-            tqdm.write(f"{line}; goes on with what is there and without keeping more", file=sys.stderr)
+            tqdm.write(f"{printable(line)}; goes on with what is there and without keeping more", file=sys.stderr)
 
 
 def _checksum(states: Tensor) -> str:

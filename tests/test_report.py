@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from minirm.data.prepare import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
 from minirm.report.card import model_card
-from minirm.report.lines import PUBLISHED, data_table, freeze_line, marked_pair, start_report
+from minirm.report.lines import PUBLISHED, data_table, freeze_line, last_words, marked_pair, start_report
 from minirm.report.profile import profile_table
 from minirm.rows import collate
 
@@ -231,14 +232,14 @@ EVALUATION = {
 }
 
 
-def card(data, tokenizer, folder, rows, result, loss="divergence"):
+def card(data, tokenizer, folder, rows, result, loss="divergence", **more):
     write_jsonl(folder / "metrics.jsonl", rows)
     flags = {
         "model": "some/model",
         "loss": loss,
         "train_data": ["/home/me/x y.jsonl", "b.csv"],
         "output_dir": "/home/me",
-    }
+    } | more
     args = SimpleNamespace(
         **flags, separator="\n", max_length=99, precision="bf16", train_embeddings=True, eval_data=None
     )
@@ -329,3 +330,32 @@ def test_profile_writes_a_trace_for_every_process_and_one_table(server, model_fo
     # The traces are no other run's files; and with too few steps nothing is recorded, which would go on to the end.
     again = server.run(*flags, "--max_steps", 6, world=2, patch="import torch; torch.profiler.profile = None")
     assert again.codes == [0, 0] and "--profile 2 needs 4 steps, only 1 are to come" in again.text()
+
+
+HOSTILE = "\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e"
+
+
+def test_hostile_names_of_files_models_and_tokens_leave_table_and_card_whole(data, tokenizer, tmp_path):
+    """Escape sequences, line breaks, pipes, backticks and YAML markers: one line each, escaped, in their place."""
+    report = {
+        part: [row | {"source": HOSTILE, "schema": HOSTILE} for row in rows] for part, rows in data.report.items()
+    }
+    report["train"] *= 2
+    table = data_table(report, "shared")
+    assert all(c.isprintable() for line in table.split("\n") for c in line)
+    assert len(table.split("\n")) == len(
+        data_table({p: [r | {"source": "x"} for r in rows] for p, rows in report.items()}, "shared").split("\n")
+    )
+    hostile = make_tokenizer(eos="`e`")
+    more = {"model": HOSTILE, "train_data": [HOSTILE]}
+    text = card(data._replace(report=report), hostile, tmp_path, [EVALUATION], EVALUATION, **more)
+    assert all(c.isprintable() for line in text.split("\n") for c in line)
+    head = text.split("\n---\n")[0]
+    assert f"base_model: {json.dumps(HOSTILE)}" in head and head.count("\n") == 4
+    assert r"Trained from ```` '\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e' ```` with minirm." in text
+    assert "read at `` `e` ``, so" in text
+    assert text.count("\n```") == 6  # three blocks of code, opened and closed
+
+
+def test_the_last_line_escapes_the_name_of_the_folder():
+    assert r"the model is in a\x1b[2J," in last_words(EVALUATION, EVALUATION, Path("a\x1b[2J"))

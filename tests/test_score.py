@@ -214,3 +214,16 @@ def test_bad_input_is_refused_in_one_line_before_the_weights_are_read(
     said = capsys.readouterr()
     assert said.out == "" and message in said.err.splitlines()[-1] and "Traceback" not in said.err
     assert said.err.splitlines()[-1].startswith("minirm.score: error: ")
+
+
+def test_hostile_subset_and_file_names_reach_the_terminal_escaped(exported, capsys, tmp_path):
+    rows = [{"prompt": "a", "chosen": "good answer", "rejected": "bad", "subset": "\x1b[2J\n|x"}]
+    name = "\x1b[31m\n.jsonl"
+    paths = [str(write_jsonl(tmp_path / name, rows)), str(write_jsonl(tmp_path / "b.jsonl", rows))]
+    assert score.main(["--model", str(exported("gpt2")), "--data", *paths]) == 0
+    said = capsys.readouterr()
+    assert "\x1b[2J" not in said.err and "\x1b[31m" not in said.err
+    assert sum(line.startswith(r"\x1b[2J\n|x ") for line in said.err.splitlines()) == 1
+    assert set(json.loads(said.out)["by_name"]) == {"\x1b[2J\n|x", "\x1b[31m\n", "b"}
+    assert score.main(["--model", str(exported("gpt2")), "--data", "\x1b[2J.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith(r"minirm.score: error: \x1b[2J.jsonl: ")

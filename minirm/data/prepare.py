@@ -32,7 +32,7 @@ from minirm.data import schemas
 from minirm.data.chat import join, render
 from minirm.data.sources import fingerprint, read_rows
 from minirm.data.tokens import tokenise, tokenizer_state
-from minirm.errors import InputError, one_line
+from minirm.errors import InputError, one_line, printable
 from minirm.files import whole_folder
 
 MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
@@ -146,7 +146,9 @@ def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: s
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number)
-            for example in tqdm(examples, desc=f"reading {source}", unit=" prompts", leave=False, disable=None):
+            for example in tqdm(
+                examples, desc=f"reading {printable(source)}", unit=" prompts", leave=False, disable=None
+            ):
                 columns.extend((prompt_key(example), number, len(example["chosen"])))
                 writer.write(example)
         writer.finalize()

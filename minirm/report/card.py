@@ -1,9 +1,12 @@
 """README.md of a trained model."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 from minirm.data.prepare import totals
+from minirm.errors import printable
 from minirm.plot import read_rows
 from minirm.report.lines import PUBLISHED, data_table, typed
 from minirm.run import UNSAID
@@ -18,7 +21,7 @@ tags: [reward-model]
 # A reward model
 
 Scores how good an answer to a prompt is. Higher is better, and only differences between answers to the same prompt mean
-anything. Trained from `{model}` with minirm.
+anything. Trained from {model} with minirm.
 
 | held out | |
 | --- | --- |
@@ -31,7 +34,7 @@ anything. Trained from `{model}` with minirm.
 
 ## Use
 
-The reward is read at `{eos}`, so every text ends with it. Pad on the right.{published}
+The reward is read at {eos}, so every text ends with it. Pad on the right.{published}
 
 ```python
 import torch
@@ -56,7 +59,7 @@ vLLM:
 ```bash
 vllm serve folder --runner pooling
 curl localhost:8000/classify -H "Content-Type: application/json" \\
-    -d '{{"input": [{text}], "use_activation": false}}'    # data[0].probs[0] is the reward
+    -d {request}    # data[0].probs[0] is the reward
 ```
 
 ## Training
@@ -92,17 +95,19 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
     ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
     curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
     added = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # by the tokenizer itself: in no text then
+    plain = args.model if re.fullmatch(r"[\w./-]+", args.model) else json.dumps(args.model)  # as YAML
+    text = f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"
     rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
     return CARD.format(
-        base_model="" if Path(args.model).exists() else f"base_model: {args.model}\n",
-        model=typed(args.model),
+        base_model="" if Path(args.model).exists() else f"base_model: {plain}\n",
+        model=code(typed(args.model)),
         args=args,
         half="" if args.precision == "fp32" else rounded,
         chat=CHAT if tokenizer.chat_template else "",
-        eos=tokenizer.eos_token,
+        eos=code(tokenizer.eos_token),
         published=f"\n\n{PUBLISHED}" if args.loss == "trlx" else "",
         plus_eos="" if added else " + tokenizer.eos_token",
-        text=json.dumps(f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"),
+        request=shlex.quote(json.dumps({"input": [text], "use_activation": False})),
         result=result,
         counts=totals(report["train"]),
         recipe=" ".join(f"--{flag}" if value is True else f"--{flag} {typed(value)}" for flag, value in said),
@@ -110,3 +115,10 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
         best=", where the held-out loss was lowest" if result["step"] < rows[-1]["step"] else "",
         curve="\n".join(curve) + ("\n\n![curves](curves.png)" if (output / "curves.png").exists() else ""),
     )
+
+
+def code(text: str) -> str:
+    """Markdown for a piece of code, whatever backticks it holds."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

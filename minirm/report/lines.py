@@ -8,6 +8,7 @@ from torch import nn
 
 from minirm.data.prepare import Prepared, totals
 from minirm.data.tokens import common_prefix
+from minirm.errors import printable
 from minirm.freeze import Frozen
 from minirm.rows import Batch
 
@@ -52,7 +53,7 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
     clear = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
     lines = [("comparisons", *(part for part, _ in rows))]
     if len(rows) > 2:
-        lines.append(("", *(Path(row["source"]).name[-24:] for _, row in rows)))
+        lines.append(("", *(printable(Path(row["source"]).name)[-24:] for _, row in rows)))
     for key in keys:
         if total[key] or key in ("read", "kept"):
             lines.append((clear.get(key, key), *(f"{count[key]:,}" for count in counts)))
@@ -64,7 +65,9 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
         lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
     width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
     table = [f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells) for name, *cells in lines]
-    schemas = [f"{part:<8}  {typed(row['source'])}: {row['schema']}" for part, row in rows if "schema" in row]
+    schemas = [
+        f"{part:<8}  {typed(row['source'])}: {printable(row['schema'])}" for part, row in rows if "schema" in row
+    ]
     return "\n".join([*schemas, "", *table])
 
 
@@ -107,7 +110,9 @@ def last_words(exported: dict, last: dict, output: Path) -> str:
             f" at step {exported['step']}, where the loss was lowest, {exported['eval_loss']:.4f} (at the last, step "
             f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
         )
-    return f"{line}; the model is in {output}, load it with AutoModelForSequenceClassification.from_pretrained"
+    return (
+        f"{line}; the model is in {printable(output)}, load it with AutoModelForSequenceClassification.from_pretrained"
+    )
 
 
 def final_report(row: dict) -> str:
@@ -135,5 +140,5 @@ def typed(value) -> str:
     """As on a command line; of a path its name alone, since the card may leave this machine."""
     if isinstance(value, list):
         return " ".join(map(typed, value))
-    text = str(value).replace("\n", r"\n").replace("\t", r"\t")
+    text = printable(value)
     return shlex.quote(Path(text).name if Path(text).is_absolute() else text)

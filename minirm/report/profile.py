@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minirm.errors import printable
+
 PROFILED = ("matrix products", "attention", "other operations", "communication", "waiting", "the rest: gaps")
 
 
@@ -27,7 +29,9 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, time_shares(profile.events()), group=group)
         if rank == 0:
-            print(f"{steps} steps profiled, traces in {output}/trace-rank*.json.gz; shares of the time of each process")
+            print(
+                f"{steps} steps profiled, traces in {printable(output)}/trace-rank*.json.gz; shares of the time of each process"
+            )
             print(profile_table(everyone, steps))
 
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1, skip_first=1)
