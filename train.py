@@ -30,7 +30,7 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
 from minirm.data.prepare import Prepared, prepare, totals
-from minirm.errors import InputError, Parser, Stop, one_line, printable, refusing
+from minirm.errors import InputError, Parser, Stop, disk_full_line, disk_is_full, one_line, printable, refusing
 from minirm.estimate import show_plan
 from minirm.files import as_json
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
@@ -295,14 +295,13 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"])  # [g]: numbers of its pairs
 
     def log(row: dict) -> None:
-        """One line of metrics.jsonl, on rank 0."""
-        if rank == 0:
-            line, path = as_json(row) + "\n", output / checkpoint.METRICS
-            with checkpoint.writing(path, len(line)), open(path, "a") as file:
-                file.write(line)
-            trackers[0](row)
-            if "eval_loss" in row:
-                bar.write(headline(row))
+        """Append one line to metrics.jsonl. On the first process."""
+        line, path = as_json(row) + "\n", output / checkpoint.METRICS
+        with checkpoint.writing(path, len(line)), open(path, "a") as file:
+            file.write(line)
+        trackers[0](row)
+        if "eval_loss" in row:
+            bar.write(headline(row))
 
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0 or step == total_steps
@@ -326,7 +325,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
                 table[here] = torch.column_stack([*batch.end_rewards(rewards), losses, right])
         dist.all_reduce(table)
         columns = table.cpu().T
-        log(result := {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)})
+        result = {"step": step, **measure(*columns[:3], columns[3:].T, **held_out)}
+        shard.on_first_process(patient, log, result)
         if args.keep == "best" and step and result["eval_loss"] < best.get("eval_loss", math.inf):
             best = result
             kept.update(checkpoint.copies(trained))
@@ -396,7 +396,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
             summed = torch.cat([sums, seen.to(device)])
             dist.all_reduce(summed)
             loss, of, correct, margin, n, tokens, places, separate = summed.tolist()
-            log({
+            shard.on_first_process(patient, log, {
                 "step": step, "epoch": step / epoch_steps, "loss": loss / of, "accuracy": correct / n,
                 "reward_margin": margin / n, "learning_rate": scheduler.get_last_lr()[0],
                 "grad_norm": grad_norm, "loss_scale": scaler.get_scale(), "skipped_steps": skipped,
@@ -480,6 +480,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:  # outside of the training loop
         number = stop.args[0] if stop.args else signal.SIGINT
         line, code = interrupted(number), 128 + number
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        line, code = disk_full_line(error, "a file could not be written"), 3
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from minirm.errors import InputError, Stop, one_line
+from minirm import files
+from minirm.errors import InputError, one_line
 from minirm.files import PARTIAL, file_digest, put, to_disk
 from minirm.shard import on_first_process
 
@@ -86,9 +87,9 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             mine = {p.name: file_digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, (mine, state["sums"].tolist()), group=group)
-            files = {name: digest for digests, _ in everyone for name, digest in digests.items()}
+            digests = {name: digest for mine, _ in everyone for name, digest in mine.items()}
             state = state | {"sums": [sums for _, sums in everyone]}
-            size = on_first_process(group, _complete, partial, final, state, files, limit)
+            size = on_first_process(group, _complete, partial, final, state, digests, limit)
         except BaseException:  # CheckpointException is one
             # Half a checkpoint only takes up room. Not also after it has its name: other machines may know the old one yet.
             shutil.rmtree(partial, ignore_errors=True)
@@ -98,32 +99,30 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
 
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """Turns what the disk or file system objects to into a Stop that names the path and the bytes it takes."""
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        output = path if path.is_dir() else path.parent
-        earlier = [folder.name for folder in checkpoints(output).values()]
-        raise Stop(
-            f"{path}: could not be written ({one_line(_cause(error))}). It takes {size:,} bytes; {shutil.disk_usage(output).free:,} "
-            f"are free. {earlier[0] if earlier else 'No checkpoint'} is whole; make room and type the same command again",
-            3,
-        ) from None
+    """As `files.writing`, for what lies in the output folder: the Stop names the newest checkpoint."""
+    output = path if path.is_dir() else path.parent
+    earlier = [folder.name for folder in checkpoints(output).values()]
+    with files.writing(path, size, f"{earlier[0] if earlier else 'No checkpoint'} is whole"):
+        try:
+            yield
+        except CheckpointException as error:
+            cause = _cause(error)
+            raise cause if isinstance(cause, OSError) else OSError(one_line(cause)) from None
 
 
 def _cause(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def _complete(partial: Path, final: Path, state: dict, files: dict[str, str], limit: int) -> int:
+def _complete(partial: Path, final: Path, state: dict, digests: dict[str, str], limit: int) -> int:
     """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
-    if missing := [name for name in files if not (partial / name).exists()]:
+    if missing := [name for name in digests if not (partial / name).exists()]:
         raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
     to_disk(metrics := final.with_name(METRICS))
     state = state | {"metrics": metrics.stat().st_size}
     put(partial / STATE, json.dumps(state, indent=1).encode())
-    files[STATE] = file_digest(partial / STATE)
-    put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())).encode())
+    digests[STATE] = file_digest(partial / STATE)
+    put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode())
     _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
     os.rename(partial, final)
     to_disk(final.parent)

@@ -1,7 +1,9 @@
 """Errors for people: one line that says what is wrong, where, what was expected and what to do."""
 
 import argparse
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +15,32 @@ class InputError(ValueError):
 
 @contextmanager
 def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
-    """Turns whatever of these kinds goes wrong inside into an InputError: what, why, and what to do."""
+    """Turn whatever of these kinds goes wrong inside into an InputError: what, why, and what to do.
+
+    A full disk is nobody's wrong input: it becomes a Stop.
+    """
     try:
         yield
     except kinds as error:  # an OSError's own text names a path, maybe of a temporary file
+        if disk_is_full(error):
+            raise Stop(disk_full_line(error, what), 3) from None
         raise InputError(f"{what} ({getattr(error, 'strerror', None) or one_line(error)}){advice}") from None
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that there is no space left. Libraries in Rust say so in words."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_line(error: BaseException, what: str) -> str:
+    place = getattr(error, "filename", None)
+    return (
+        f"{what}{f' ({place})' if place else ''}: no space left on the disk; make room and type the same command again"
+    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,13 +1,19 @@
 """Files that are whole or not there: digests, atomic writes, folders that appear complete."""
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from minirm.errors import Stop, one_line
 
 PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
 
@@ -41,20 +47,66 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
+def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
+    """Turn what the disk or file system objects to into a Stop that names the path, the bytes it takes and those free.
+
+    size: bytes, 0 where nobody knows; earlier: what is safe all the same.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+        takes = f"It takes {size:,} bytes; " if size else ""
+        raise Stop(
+            f"{path}: could not be written ({one_line(error)}). {takes}{shutil.disk_usage(place).free:,} are free. "
+            f"{earlier}{'; m' if earlier else 'M'}ake room and type the same command again",
+            3,
+        ) from None
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
-    Where several processes make the same one at once, that of the first stays; those of the others are as good."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = {"prefix": f"{folder.name}.", "dir": folder.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**beside) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        yield new
+
+    Where several processes make the same one at once, that of the first stays; those of the others are as good. What
+    processes that are gone have left behind is removed. Raises Stop if the disk is full.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f"*{PARTIAL}"):
+            if (lock := _locked(leftover)) is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(lock)
+        while True:  # until nobody has taken it for a leftover before it was locked
+            scratch = Path(tempfile.mkdtemp(PARTIAL, f"{folder.name}.", folder.parent))
+            if (lock := _locked(scratch)) is not None and scratch.exists():
+                break
         try:
-            new.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+            new = scratch / folder.name
+            new.mkdir()
+            yield new
+            try:
+                new.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a folder until it is closed, or its process is gone; None if another has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
 
 
 def as_json(value: dict) -> str:

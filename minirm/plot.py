@@ -5,6 +5,7 @@ curves.png. What was not measured (rows of an older minirm, a run that was kille
 from elsewhere: TensorBoard and Weights & Biases.
 """
 
+import io
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from minirm.errors import InputError, Parser, printable, refusing
+from minirm.files import put
 
 # Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -75,7 +77,9 @@ def save_curves(folders: list[Path], picture: Path) -> None:
             f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
         ) from None
     with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
-        figure.savefig(picture, dpi=144, metadata={"Software": None})
+        content = io.BytesIO()
+        figure.savefig(content, format=picture.suffix[1:] or "png", dpi=144, metadata={"Software": None})
+        put(picture, content.getvalue())
     print(f"the curves are in {printable(picture)}")
 
 

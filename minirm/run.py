@@ -19,7 +19,7 @@ from minirm.checkpoint import METRICS, START, checkpoints, verify
 from minirm.data.prepare import Prepared
 from minirm.data.tokens import tokenizer_state
 from minirm.errors import InputError, Stop, printable, refusing
-from minirm.files import PARTIAL, put
+from minirm.files import PARTIAL, put, writing
 from minirm.plan import steps_per_epoch
 from minirm.shard import Processes, on_first_process
 
@@ -210,7 +210,8 @@ def write_record(run: Run, args: Namespace, processes: int) -> None:
             f"{total_steps} were asked for; choose another folder"
         )
     record = {"recipe": run.state["recipe"], "processes": processes, "arguments": vars(args)}
-    put(output / RUN, json.dumps(record, indent=1).encode())
+    with writing(output / RUN):
+        put(output / RUN, json.dumps(record, indent=1).encode())
     for leftover in output.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     with open(output / METRICS, "a") as file:  # from here on rows come anew

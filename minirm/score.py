@@ -8,6 +8,7 @@ those that are a decoder and a linear head, completions of a prompt are computed
 import argparse
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -30,8 +31,8 @@ from minirm.data.chat import set_chat_template, unescaped
 from minirm.data.prepare import Texts, by_prompt, store
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
-from minirm.errors import InputError, Parser, printable, refusing
-from minirm.files import as_json
+from minirm.errors import InputError, Parser, Stop, printable, refusing
+from minirm.files import as_json, writing
 from minirm.probe import probe_shared_rows
 from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
@@ -209,7 +210,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.chat_template:
         set_chat_template(tokenizer, args.chat_template)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
         texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all")
         if not len(texts.rows):
             raise InputError(f"{', '.join(args.data)}: no rows")
@@ -234,7 +235,7 @@ def run(args: argparse.Namespace) -> dict:
             result["best_of_n"] = {"prompts": n, "completions": int(sizes[ranked].sum()), "reward_mean": best}
         if args.output:
             unfinished = args.output.with_name(args.output.name + ".partial")
-            with open(unfinished, "w") as file:
+            with writing(args.output), open(unfinished, "w") as file:
                 columns = texts.rows.select_columns(["where", "chosen", "rejected"])
                 for row, own, in_order in zip(columns, rewards.split(sizes.tolist()), ranked):
                     r = own.tolist()
@@ -253,6 +254,12 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     try:
         result = run(parse_args(argv))
+    except Stop as stop:
+        print(printable(f"minirm.score: {stop.args[0]}"), file=sys.stderr)
+        return stop.args[1]
+    except KeyboardInterrupt:
+        print("minirm.score: interrupted; nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     except InputError as error:
         print(printable(f"minirm.score: error: {error}"), file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from minirm.errors import InputError
+from minirm.errors import InputError, Stop
 from minirm.freeze import find_blocks
 from minirm.model import saved_tensors
 
@@ -108,23 +108,29 @@ def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any
 def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
     """The first process of each machine runs the block, then the others do, who find its files there.
 
-    If the block raises InputError on a first process, it does so everywhere: all end alike.
+    If the block raises InputError or Stop on a first process, all processes end with its line and exit code.
     """
-    first, refused = dist.get_node_local_rank(0) == 0, torch.zeros(1)
+    first, ending = dist.get_node_local_rank(0) == 0, None
+
+    def exchange() -> None:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, ending, group=group)
+        if ending is None and any(everyone):
+            raise Stop(*next(filter(None, everyone)))
+
+    if not first:
+        exchange()
     try:
-        if not first:
-            dist.all_reduce(refused, group=group)
-            if refused.item():
-                raise InputError("another process refused the input")
         yield
-    except InputError:
-        refused += 1
+    except InputError as error:
+        ending = f"error: {error}", 2
+        raise
+    except Stop as stop:
+        ending = stop.args
         raise
     finally:
         if first:
-            dist.all_reduce(refused, group=group)
-    if refused.item():
-        raise InputError("another machine refused the input")
+            exchange()
 
 
 def checkpoint_trained_blocks(model: nn.Module) -> None:

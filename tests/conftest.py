@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before anything imports datasets, which reads it once: what the tests prepare goes where it can be thrown away.
@@ -113,6 +114,18 @@ def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int 
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": threads, **(env or {})},
     )
+
+
+@contextmanager
+def mounted(folder: Path, options: str):
+    """A file system of its own in memory: options "size=100k" or "ro". Skips the test where it cannot be mounted."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs root, to mount a file system of its own")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 # What touches transformers or torch closely: it has to pass at both ends of the tested ranges (`-m core`).

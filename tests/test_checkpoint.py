@@ -6,14 +6,12 @@ Killing at random is tests/test_faults.py.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 
 import pytest
-from conftest import make_comparisons, make_model, read_metrics, write_jsonl
+from conftest import make_comparisons, make_model, mounted, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
 from minirm.checkpoint import START, checkpoints, verify
@@ -359,28 +357,16 @@ def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path
             check_output(path, "auto")
 
 
-def mount(folder, options):
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
-        pytest.skip("needs root, to mount a file system of its own")
-    return folder
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(server, inputs, tmp_path):
-    place = mount(tmp_path / "small", "ro")
-    try:
-        patch = "train.prepare = None"
-        run = server.run(*inputs, "--output_dir", place / "run", patch=patch)
+    with mounted(tmp_path / "small", "ro") as place:
+        run = server.run(*inputs, "--output_dir", place / "run", patch="train.prepare = None")
         assert run.codes == [2] and f"{place} is not a folder that can be written" in run.text(), run.text()
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_checkpoint(server, inputs, tmp_path):
     """A checkpoint takes 0.31 MB here, so that two fit beside the rest, but not three."""
-    place = mount(tmp_path / "small", "size=800k")
-    output = place / "run"
-    try:
+    with mounted(tmp_path / "small", "size=800k") as place:
+        output = place / "run"
         run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 3, world=2)
         assert run.codes == [3, 3], run.text()
         (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
@@ -389,8 +375,6 @@ def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_che
         shutil.rmtree(output / "checkpoint-2")
         run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 1, world=2)
         assert run.codes == [0, 0] and "checkpoint-4, step 4 of 8" in run.text(), run.text()
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(server, inputs, tmp_path):

@@ -21,6 +21,7 @@ import minirm.data.tokens
 from minirm.data.chat import join, render, set_chat_template
 from minirm.data.prepare import hold_out, prepare, prompt_key, read_texts
 from minirm.data.tokens import common_prefix, encode, tokenise
+from minirm.files import whole_folder
 from minirm.model import load_config
 from minirm.rows import collate
 
@@ -931,6 +932,16 @@ minirm.data.prepare.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir
     left = list((tmp_path / "minirm").iterdir())
     assert len(left) == 1 and "." in left[0].name  # it was on its way
     assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
+    (left,) = (tmp_path / "minirm").iterdir()  # what the killed process left is swept
+    assert "." not in left.name
+
+
+def test_what_a_living_process_is_making_is_not_swept(tmp_path):
+    with whole_folder(tmp_path / "a") as mine:
+        with whole_folder(tmp_path / "b"):
+            assert mine.is_dir() and len(list(tmp_path.glob("*.partial"))) == 2
+        (mine / "x").touch()
+    assert (tmp_path / "a" / "x").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_two_processes_at_once_end_with_the_same(tmp_path):

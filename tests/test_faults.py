@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_comparisons, make_model, read_metrics, write_jsonl
+from conftest import ROOT, make_comparisons, make_model, mounted, read_metrics, write_jsonl
 from safetensors.torch import load_file
 
 from minirm.checkpoint import checkpoints, verify
@@ -321,6 +321,43 @@ torch.amp.GradScaler = Scaler
     base = load_file(Path(inputs[1]) / "model.safetensors")["transformer.h.3.attn.q_proj.weight"]
     for half, planted, moved in zip(base.chunk(2), found[True][3], found[False][3]):
         assert planted.equal(half) and not moved.equal(half)
+
+
+# -- Full disks. ---------------------------------------------------------------------------------------------------------
+
+PREPARING = "import datasets\ndatasets.config.HF_DATASETS_CACHE = {place!r}"
+DEMO = """
+import minirm.data.demo as demo
+rows = [{{"prompt": str(i), "chosen": f"a good answer to {{i}} it is", "rejected": f"a bad answer to {{i}} it is"}} for i in range(50)]
+demo.make_comparisons, demo.WARM_UP_STEPS = lambda seed: (rows, rows, [str(row) for row in rows] * 50), 1
+"""
+METRICS = """
+original = train.load_model
+def filled(*arguments):
+    with open({place!r} + "/filler", "wb", buffering=0) as file:
+        try:
+            while rank == 0: file.write(bytes(4096))
+        except OSError:
+            pass
+    return original(*arguments)
+train.load_model = filled
+"""
+
+
+@pytest.mark.parametrize("phase, size", [(PREPARING, "16k"), (DEMO, "100k"), (METRICS, "200k")])
+def test_a_full_disk_ends_all_processes_with_one_line_and_nothing_half_made(server, inputs, tmp_path, phase, size):
+    with mounted(tmp_path / "small", f"size={size}") as place:
+        flags = [*inputs, "--output_dir", (place if phase is METRICS else tmp_path) / "run"]
+        if phase is DEMO:
+            flags = ["--output_dir", tmp_path / "run"]
+        patch = phase.format(place=str(place))
+        run = server.run(*flags, world=2, patch=patch, env={"MINIRM_CACHE": str(place)})
+        assert run.codes == [3, 3], run.text()
+        (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
+        assert str(place) in line and "No space left" in line and "are free" in line and "Traceback" not in run.text()
+        assert not [*place.rglob("*.partial")]
+    if phase is PREPARING:  # with room it is the same command
+        assert server.run(*flags, "--max_steps", 1, world=2).codes == [0, 0]
 
 
 # -- Rubbish. ------------------------------------------------------------------------------------------------------------
