@@ -11,7 +11,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[*(name + tested for name, tested in TESTED.items()), "datasets>=4", "safetensors", "tqdm"],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "matplotlib"],
+        "test": ["pytest>=8", "pytest-xdist", "ruff==0.17.6", "matplotlib", "zstandard"],
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

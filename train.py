@@ -30,6 +30,7 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
 from minirm.data.prepare import Prepared, prepare, totals
+from minirm.data.schemas import column
 from minirm.errors import InputError, Parser, Stop, disk_full_line, disk_is_full, one_line, printable, refusing
 from minirm.estimate import show_plan
 from minirm.files import as_json
@@ -70,9 +71,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--train_data", nargs="+", default=["demo"],
-        help=".jsonl .json .csv .parquet files, dataset names or name:split; demo: made here")
+        help=".jsonl .json .csv .tsv .parquet files, also .gz .bz2 .xz .zst, globs, folders, URLs, or datasets as name, "
+             "name:split or name:config:split; @1000 behind it takes that many rows, @0.5 half of them; demo: made here")
     add("--eval_data", nargs="+", default=[], help="the same, to evaluate on; without it --eval_fraction of the prompts is held out")
     add("--eval_fraction", type=float, default=0.05, help="share of the prompts held out if there is no --eval_data")
+    add("--columns", nargs="+", default=[], type=column, metavar="NAME=COLUMN",
+        help="what columns are called if not as expected: prompt=question chosen=response_j rejected=response_k; dots reach into objects")
     add("--separator", default=r"\n", type=unescaped, help="text between prompt and answer, unless whitespace already stands there")
     add("--chat_template", help="Jinja file for chat data (default: the tokenizer's own)")
     add("--max_length", type=int, default=550, help="tokens of prompt + completion + EOS")
@@ -208,7 +212,7 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
         data = prepare(
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
-            max_length=args.max_length, overlong=args.overlong, seed=args.seed,
+            max_length=args.max_length, overlong=args.overlong, seed=args.seed, columns=dict(args.columns),
         )  # fmt: skip
         check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
     # Shared rows are used only if they give identical results: a small model of the same kind decides.
@@ -465,32 +469,32 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # missing weights are refused in load_weights, all else is expected
     line, code, rank = "", 0, os.environ.get("RANK", "0")
-    try:
-        args = parse_args(argv)
-        warn_untested()
-        if args.plan:
-            show_plan(args)
-        else:
-            with Watch() as watch:
+    with Watch() as watch:
+        try:
+            args = parse_args(argv)
+            warn_untested()
+            if args.plan:
+                show_plan(args)
+            else:
                 train(args, watch)
-    except InputError as error:
-        line, code = f"error: {error}", 2
-    except Stop as stop:
-        line, code = stop.args
-    except KeyboardInterrupt as stop:  # outside of the training loop
-        number = stop.args[0] if stop.args else signal.SIGINT
-        line, code = interrupted(number), 128 + number
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
-        line, code = disk_full_line(error, "a file could not be written"), 3
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        line, code = f"process {rank} ends, since another one was lost ({one_line(error)})", 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        except InputError as error:
+            line, code = f"error: {error}", 2
+        except Stop as stop:
+            line, code = stop.args
+        except KeyboardInterrupt as stop:  # outside of the training loop
+            number = stop.args[0] if stop.args else signal.SIGINT
+            line, code = interrupted(number), 128 + number
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            line, code = disk_full_line(error, "a file could not be written"), 3
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            line, code = f"process {rank} ends, since another one was lost ({one_line(error)})", 1
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     if line and (rank == "0" or code == 1):
         tqdm.write(
             printable(f"train.py: {line}"), file=sys.stderr if code else sys.stdout

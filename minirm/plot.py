@@ -8,6 +8,7 @@ from elsewhere: TensorBoard and Weights & Biases.
 import io
 import json
 import math
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -77,6 +78,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
             f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
         ) from None
     with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
+        os.stat(picture.parent)  # makes no folders
         content = io.BytesIO()
         figure.savefig(content, format=picture.suffix[1:] or "png", dpi=144, metadata={"Software": None})
         put(picture, content.getvalue())

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import set_chat_template, unescaped
 from minirm.data.prepare import Texts, by_prompt, store
+from minirm.data.schemas import column
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
@@ -49,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="name or folder of a reward model")
     add("--data", required=True, nargs="+", help="files or datasets as for --train_data of train.py, or with completions to rank")
     add("--output", type=Path, help="file for the scores, one JSON object for each row of the data, in its order")
+    add("--columns", nargs="+", default=[], type=column, metavar="NAME=COLUMN", help="as for train.py")
     add("--separator", type=unescaped,
         help="between prompt and answer; default: what the model was trained with, else a line break")
     add("--chat_template", help="Jinja file, for messages; default: the model's own")
@@ -211,7 +213,7 @@ def run(args: argparse.Namespace) -> dict:
         set_chat_template(tokenizer, args.chat_template)
 
     with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
-        texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all")
+        texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all", dict(args.columns))
         if not len(texts.rows):
             raise InputError(f"{', '.join(args.data)}: no rows")
         sizes = torch.tensor(pc.list_value_length(texts.rows.data.column("texts")).to_numpy()).long()  # [N] completions

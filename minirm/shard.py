@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -129,7 +130,7 @@ def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
         ending = stop.args
         raise
     finally:
-        if first:
+        if first and (ending or sys.exception() is None):  # an interrupt must not wait for others
             exchange()
 
 

@@ -113,6 +113,9 @@ def test_filters_leave_out_ties_identical_pairs_and_answers_under_five_words(tmp
     ]
     assert report == {
         "schema": "texts in chosen and rejected",
+        "columns": ["prompt", "chosen", "rejected"],
+        "not used": [],
+        "special tokens written out in the text": 0,
         "read": 7,
         "dropped: identical answers": 2,
         "dropped: answer under 5 words": 2,

@@ -113,8 +113,8 @@ def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server
     assert run.until(lambda: (tmp_path / "sign").exists())
     run.kill(number)
     start = time.monotonic()
-    codes = run.wait(30)
-    assert time.monotonic() - start < 15 and codes[0] == 128 + number and codes[1] in (1, 128 + number), run.text()
+    codes = run.wait(60)
+    assert time.monotonic() - start < 30 and codes[0] == 128 + number and codes[1] in (1, 128 + number), run.text()
     line = f"train.py: {number.name}: stopped; no finished step is lost, and the same command goes on"
     assert line in run.text().splitlines() and "Traceback" not in run.text(), run.text()
     assert not (tmp_path / "run" / "config.json").exists()

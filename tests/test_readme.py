@@ -69,7 +69,8 @@ def test_the_numbers_of_the_recipe_are_the_defaults(recipe):
 
 
 def test_the_columns_of_every_schema_are_named():
-    columns = {name for schema in SCHEMAS for column in schema.columns.split() for name in column.split("|")}
+    taken = [schema for schema in SCHEMAS if schema.name != "stepwise supervision"]  # which is refused
+    columns = {name for schema in taken for column in schema.columns.split() for name in column.split("|")}
     assert [name for name in sorted(columns) if f"`{name}`" not in README] == []
 
 

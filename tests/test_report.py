@@ -112,9 +112,9 @@ def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_re
     data = prepare(tokenizer, [a, b], [c], separator="|", cache_dir=tmp_path)
     lines = data_table(data.report, "shared").splitlines()
     assert lines[:3] == [
-        "train     texts.jsonl: texts in chosen and rejected",
-        "train     strengths.jsonl: HelpSteer",
-        "held out  eval.jsonl: texts in chosen and rejected",
+        "train     texts.jsonl: texts in chosen and rejected; columns prompt, chosen, rejected",
+        "train     strengths.jsonl: HelpSteer; columns prompt, response_1, response_2, preference_strength",
+        "held out  eval.jsonl: texts in chosen and rejected; columns prompt, chosen, rejected",
     ]
     assert [line.split() for line in lines[4:9]] == [
         ["comparisons", "train", "train", "held", "out"],

@@ -7,7 +7,7 @@ from conftest import make_tokenizer, refusal, write_jsonl
 
 from minirm.data.chat import join
 from minirm.data.prepare import prepare, prompt_key, read_texts
-from minirm.data.schemas import Example, describe, recognise, to_example
+from minirm.data.schemas import Example, column, describe, recognise, to_example
 
 # One token a character; a turn is [U...] or [A...], and no end token.
 CHAT = "{% for m in messages %}[{{ m.role[0].upper() }}{{ m.content }}]{% endfor %}"
@@ -198,6 +198,75 @@ CASES = {
         "ranked completions",
         ONE,
     ),
+    "RewardBench 2": (
+        {"id": "1", "prompt": ASK, "chosen": [GOOD], "rejected": [BAD, "no"], "num_correct": 1, "subset": "Math"},
+        "RewardBench 2",
+        (ASK, [(GOOD, BAD, 0.0), (GOOD, "no", 0.0)], 0),
+    ),
+    "RM-Bench": (
+        {"id": 1, "prompt": ASK, "chosen": ["a", "b"], "rejected": ["c", "d"], "domain": "chat"},
+        "answers in lists",
+        (ASK, [("a", "c", 0.0), ("a", "d", 0.0), ("b", "c", 0.0), ("b", "d", 0.0)], 0),
+    ),
+    "JudgeBench": (
+        {"question": ASK, "response_A": BAD, "response_B": GOOD, "label": "B>A", "source": "mmlu-pro"},
+        "JudgeBench",
+        PLAIN,
+    ),
+    "LLMBar": ({"input": ASK, "output_1": GOOD, "output_2": BAD, "label": 1}, "LLMBar", PLAIN),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "human", "value": ASK}], "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+        "ShareGPT",
+        ONE,
+    ),
+    "ms-swift": ({"messages": [USER(ASK), ASSISTANT(GOOD)], "rejected_response": BAD}, "ms-swift", ONE),
+    "OpenAI": (
+        {
+            "input": {"messages": [USER(ASK)], "tools": []}, "preferred_output": [ASSISTANT(GOOD)],
+            "non_preferred_output": [ASSISTANT(BAD)],
+        },
+        "OpenAI preference",
+        ONE,
+    ),
+    "Nectar": (
+        {"prompt": ASK, "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0}, {"answer": "c", "rank": 2.0}]},
+        "Nectar",
+        (ASK, [("a", "b", 0.0), ("a", "c", 0.0)], 1),
+    ),
+    "UltraFeedback": (
+        {"instruction": ASK, "completions": [{"response": BAD, "overall_score": 2.5}, {"response": GOOD, "overall_score": 8.0}]},
+        "UltraFeedback",
+        PLAIN,
+    ),
+    "WebGPT": (
+        {"question": {"full_text": ASK}, "answer_0": BAD, "answer_1": GOOD, "score_0": -0.5, "score_1": 0.5},
+        "WebGPT",
+        (ASK, [(GOOD, BAD, 1.0)], 0),
+    ),
+    "a preference by letter": (
+        {"prompt": ASK, "response_a": BAD, "response_b": GOOD, "preference": "B"},
+        "responses with a preference",
+        PLAIN,
+    ),
+    "the prompt under another name": ({"question": ASK, "chosen": GOOD, "rejected": BAD}, "texts in chosen and rejected", PLAIN),
+    "an empty prompt beside a question": (
+        {"prompt": "", "question": ASK, "chosen": GOOD, "rejected": BAD},
+        "texts in chosen and rejected",
+        PLAIN,
+    ),
+    "instruction and input": (
+        {"instruction": "Answer.", "input": ASK, "chosen": GOOD, "rejected": BAD},
+        "texts in chosen and rejected",
+        (f"Answer.\n{ASK}", [(GOOD, BAD, 0.0)], 0),
+    ),
+    "instruction and no input": (
+        {"instruction": ASK, "input": "", "chosen": GOOD, "rejected": BAD},
+        "texts in chosen and rejected",
+        PLAIN,
+    ),
 }  # fmt: skip
 
 
@@ -289,7 +358,7 @@ def test_whole_transcripts_are_split_where_the_two_sides_part_and_nothing_is_los
     start, *ends = TRANSCRIPTS[case]
     row = {"chosen": start + ends[0], "rejected": start + ends[1]}
     assert describe(recognise(row), row) == "transcripts in chosen and rejected"
-    prompt, completions, pairs, ties, _, separator, _ = example(row)
+    prompt, completions, pairs, ties, _, separator, *_ = example(row)
     assert [join(prompt, text, separator) for text in completions] == [row["chosen"], row["rejected"]]
     assert prompt == ("" if case.startswith("no shared") else start)
     assert (pairs, ties) == ([(0, 1, 0.0)], 0)
@@ -448,17 +517,129 @@ def test_a_column_missing_in_a_later_line_is_named(tmp_path, case):
     tokenizer = make_tokenizer(texts=["x"])
     tokenizer.chat_template = CHAT
     row, *_ = CASES[case]
-    for column in recognise(row).columns.split():
-        path = write_jsonl(tmp_path / "x.jsonl", [row, {k: v for k, v in row.items() if k != column}])
+    for name in recognise(row).columns.split():
+        path = write_jsonl(tmp_path / "x.jsonl", [row, {k: v for k, v in row.items() if k != name}])
         message = refusal(read_texts, str(path), tokenizer, "\n", {})
-        assert message.startswith(f"{path}:2: no column '{column}', which the first row has; found ")
+        assert message.startswith(f"{path}:2: no column '{name}', which the first row has; found ")
 
 
 def test_columns_that_no_schema_has_are_listed():
     found = {"question": "p", "answer": "a"}
     assert refusal(recognise, found) == (
-        "no column 'chosen'; expected prompt (optional), chosen, rejected, or the columns of another schema that README "
-        "names; found question, answer"
+        "no column 'chosen'; expected prompt (optional), chosen, rejected, the columns of another schema that README names, "
+        "or other names given with --columns prompt=NAME chosen=NAME rejected=NAME; found question, answer"
     )
     assert refusal(recognise, {"prompt": "p", "chosen": "c"}).startswith("no column 'rejected'; ")
     assert refusal(recognise, {}).endswith("found none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other names, odd rows
+
+
+def read_all(tmp_path, rows, tokenizer=None, keep="worth", columns=None):
+    report = {}
+    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    return list(read_texts(path, tokenizer or make_tokenizer(), "\n", report, keep, columns=columns)), report
+
+
+def test_columns_reach_into_objects_and_their_names_come_first(tmp_path):
+    row = {"data": {"q.full": ASK}, "response_j": GOOD, "response_k": BAD, "note": "a text"}
+    columns = dict(map(column, ["prompt=data.q.full", "chosen=response_j", "rejected=response_k"]))
+    assert "no column 'data.q.full'" in refusal(read_all, tmp_path, [row], columns=columns)
+    row = row | {"data": {"q": {"full": ASK}}}
+    (found,), report = read_all(tmp_path, [row], columns=columns)
+    assert found["texts"] == [f"{ASK}\n{GOOD}", f"{ASK}\n{BAD}"]
+    assert report["columns"] == ["prompt", "chosen", "rejected"] and report["not used"] == ["note"]
+    literal = {"data.q.full": ASK, "response_j": GOOD, "response_k": BAD}
+    assert read_all(tmp_path, [literal], columns=columns)[0][0]["prompt"] == ASK
+    for wrong in ("prompt", "promt=x", "prompt="):
+        assert "as in prompt=question" in refusal(lambda text: [column(text)], wrong)
+
+
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        ({"question": ASK, "context": "c", "chosen": GOOD, "rejected": BAD}, "--columns prompt=question chosen=chosen rejected=rejected"),
+        ({"prompt": ASK, "completions": ["a", "b"], "labels": [True, False]}, "stepwise supervision"),
+        ({"prompt": ASK, "response_a": GOOD, "response_b": BAD, "preference": 1}, "numbers could mean either side"),
+        ({"question": ASK, "response_A": GOOD, "response_B": BAD, "label": "A"}, "must be A>B, B>A or A=B"),
+        ({"input": ASK, "output_1": GOOD, "output_2": BAD, "label": 0}, "must be 1 or 2"),
+        ({"messages": [USER(ASK)], "rejected_response": BAD}, "must end with the assistant's answer"),
+        ({"conversations": ["x"], "chosen": GOOD, "rejected": BAD}, "turns with from and value"),
+        ({"prompt": "", "response": GOOD, "score": 1}, "'prompt' is empty"),
+        ({"prompt": ASK, "answers": ["a", "b"]}, "list of objects with answer"),
+        ({"input": [USER(ASK)], "preferred_output": [], "non_preferred_output": []}, "object with messages"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:30],
+)  # fmt: skip
+def test_what_could_be_misread_is_refused_with_what_to_type(tmp_path, row, wanted):
+    message = refusal(read_all, tmp_path, [row])
+    assert wanted in message and message.startswith(f"{tmp_path}/x.jsonl:1: ")
+
+
+def test_a_prompt_in_two_columns_of_a_later_row_is_refused(tmp_path):
+    rows = [
+        {"question": ASK, "chosen": GOOD, "rejected": BAD},
+        {"prompt": "x", "question": ASK, "chosen": GOOD, "rejected": BAD},
+    ]
+    assert "'prompt' as well as in 'question'" in refusal(read_all, tmp_path, rows)
+
+
+def test_answers_with_scores_are_ranked_over_the_file_and_equal_ones_are_ties(tmp_path):
+    rows = [
+        ("p", "a b c d e", 1),
+        ("q", "f g h i j", 0.5),
+        ("p", "k l m n o", 3),
+        ("p", "u v w x y", True),
+        ("q", "1 2 3 4 5", 0.5),
+    ]
+    rows = [{"prompt": prompt, "response": answer, "score": score} for prompt, answer, score in rows]
+    found, report = read_all(tmp_path, rows, keep="labelled")
+    assert [(e["prompt"], e["texts"], e["chosen"], e["rejected"]) for e in found] == [
+        ("p", ["p\na b c d e", "p\nk l m n o", "p\nu v w x y"], (1, 1), (0, 2))
+    ]
+    assert report["read"] == 4 and report["dropped: tie"] == 2 and report["schema"] == "answers with a score"
+
+
+def test_sides_that_answer_different_prompts_are_counted_and_left_out_of_training(tmp_path):
+    system = lambda text: {"role": "system", "content": text}
+    good = {"chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
+    rows = [
+        good,
+        {"chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER("Another?"), ASSISTANT(BAD)]},
+        {"chosen": [system("a"), USER(ASK), ASSISTANT(GOOD)], "rejected": [system("b"), USER(ASK), ASSISTANT(BAD)]},
+        {"chosen": [USER(ASK), ASSISTANT(GOOD), USER("Thanks for that.")], "rejected": [USER(ASK), ASSISTANT(BAD)]},
+    ]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    found, report = read_all(tmp_path, rows, tokenizer)
+    assert len(found) == 1 and report["read"] == 4
+    assert (
+        report["dropped: the sides answer different prompts"] == 2
+        and report["dropped: a side ends with the user's turn"] == 1
+    )
+    assert len(read_all(tmp_path, rows, tokenizer, keep="labelled")[0]) == 4  # a file to measure on is taken whole
+
+
+def test_tool_calls_and_tool_turns_reach_the_chat_template(tmp_path):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"day": 1}}}
+    turns = [
+        USER(ASK),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "blue", "name": "look_up"},
+    ]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role[0] }}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}]{% endfor %}"
+    (found,), _ = read_all(
+        tmp_path, [{"prompt": turns, "chosen": [ASSISTANT(GOOD)], "rejected": [ASSISTANT(BAD)]}], tokenizer
+    )
+    assert found["texts"][0] == f"[u{ASK}][alook_up][tblue][a{GOOD}]"
+
+
+def test_special_tokens_written_out_in_a_text_are_counted(tmp_path):
+    rows = [
+        {"prompt": ASK, "chosen": GOOD, "rejected": BAD},
+        {"prompt": f"{ASK}<|endoftext|>x", "chosen": GOOD, "rejected": BAD},
+    ]
+    assert read_all(tmp_path, rows)[1]["special tokens written out in the text"] == 1

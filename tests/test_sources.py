@@ -1,14 +1,18 @@
 """Rows out of files, and what is said of files that are not in order: `python -m pytest tests/test_sources.py`."""
 
+import bz2
 import csv
+import gzip
 import json
 import logging
+import lzma
 
 import datasets
+import fsspec
 import pytest
 from conftest import refusal, write_jsonl
 
-from minirm.data.sources import fingerprint, read_rows
+from minirm.data.sources import COMPRESSED, fingerprint, read_rows
 
 NINE, ELEVEN = "a b c d e", "a b c d e f"
 GOOD = json.dumps({"prompt": "p", "chosen": NINE, "rejected": ELEVEN})
@@ -100,7 +104,9 @@ def test_a_very_long_csv_field_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet"])
 def test_a_missing_file_is_refused(tmp_path, name):
     message = refusal(fingerprint, str(tmp_path / name))
-    assert message == f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .parquet file"
+    assert (
+        message == f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv, .parquet file"
+    )
 
 
 def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
@@ -112,7 +118,7 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 def test_an_unknown_dataset_is_refused(name):
     message = refusal(fingerprint, name)
     assert message.startswith(
-        f"{name}: neither a .jsonl, .json, .csv, .parquet file nor a dataset that can be loaded ("
+        f"{name}: neither a .jsonl, .json, .csv, .tsv, .parquet file nor a dataset that can be loaded ("
     )
 
 
@@ -178,4 +184,100 @@ def test_a_damaged_parquet_file_is_refused_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # so that caplog sees what it says by itself
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     message = refusal(read_rows, f"{tmp_path}/x.parquet")
-    assert message.startswith(f"{tmp_path}/x.parquet: neither a ") and caplog.text == ""
+    assert message.startswith(f"{tmp_path}/x.parquet: cannot be read (") and caplog.text == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places and compression
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        return pytest.importorskip("zstandard").compress(data)
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+@pytest.mark.parametrize("kind", ["jsonl", "json array", "csv", "parquet"])
+def test_compressed_files_give_the_same_rows(kind, suffix, tmp_path):
+    path = write_as(kind, tmp_path, ROWS)
+    target = path.with_name(path.name + suffix)
+    target.write_bytes(packed(path.read_bytes(), suffix))
+    assert [{**row, "margin": float(row["margin"])} for row in rows_of(target)] == ROWS
+    if suffix != ".zst":
+        target.write_bytes(target.read_bytes()[:-9])
+        message = refusal(read_rows, str(target))
+        assert message.startswith(f"{target}: cannot be read (") and message.endswith("; is the file whole?")
+
+
+def test_zstd_without_its_package_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl.zst").write_bytes(b"x")
+    monkeypatch.setattr(fsspec, "available_compressions", lambda: [None, "gzip"])
+    assert refusal(read_rows, f"{tmp_path}/x.jsonl.zst").endswith("pip install zstandard")
+
+
+def test_tabs_globs_folders_of_shards_and_urls(tmp_path):
+    (tmp_path / "x.tsv").write_text(f"prompt\tchosen\trejected\np, q\t{NINE}\t{ELEVEN}\n")
+    assert rows_of(tmp_path / "x.tsv") == [{"prompt": "p, q", "chosen": NINE, "rejected": ELEVEN}]
+    (tmp_path / "shards" / "deep").mkdir(parents=True)
+    for name, row in (("b.jsonl", ROWS[1]), ("a.jsonl", ROWS[0]), ("deep/c.jsonl", ROWS[2])):
+        write_jsonl(tmp_path / "shards" / name, [row])
+    (tmp_path / "shards" / "README.txt").write_text("no data")
+    assert rows_of(tmp_path / "shards") == ROWS
+    assert (
+        rows_of(tmp_path / "shards" / "*.jsonl") == ROWS[:2]
+        and rows_of(tmp_path / "shards" / "**" / "c.jsonl") == ROWS[2:]
+    )
+    assert next(where for where, _ in read_rows(f"{tmp_path}/shards/*.jsonl")) == f"{tmp_path}/shards/a.jsonl:1"
+    before = fingerprint(f"{tmp_path}/shards/*.jsonl")
+    write_jsonl(tmp_path / "shards" / "b.jsonl", ROWS)
+    assert fingerprint(f"{tmp_path}/shards/*.jsonl") != before
+    assert "no .jsonl, .json" in refusal(read_rows, f"{tmp_path}/*.jsonl") and "no .jsonl" in refusal(
+        fingerprint, f"{tmp_path}/*.csv"
+    )
+    with fsspec.open("memory://set/x.jsonl.gz", "wb", compression="gzip") as file:
+        file.write((json.dumps(ROWS[0]) + "\n").encode())
+    assert rows_of("memory://set/x.jsonl.gz") == rows_of("memory://set/*.gz") == ROWS[:1]
+    assert rows_of(f"file://{tmp_path}/shards/a.jsonl") == ROWS[:1] and fingerprint("memory://set/x.jsonl.gz")
+    assert "nowhere://x.jsonl" in refusal(fingerprint, "nowhere://x.jsonl")
+
+
+def test_splits_in_one_file_and_saved_to_disk(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert rows_of(tmp_path / "x.json") == ROWS
+    (tmp_path / "y.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1))
+    assert (
+        rows_of(tmp_path / "y.json") == rows_of(f"{tmp_path}/y.json:train") == ROWS
+        and rows_of(f"{tmp_path}/y.json:test") == ROWS[:1]
+    )
+    (tmp_path / "z.json").write_text(json.dumps({"easy": ROWS, "hard": ROWS[:1]}))
+    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"type which one is meant, {tmp_path}/z.json:easy")
+    parts = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    )
+    parts.save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == ROWS and rows_of(f"{tmp_path}/saved:test") == ROWS[:1]
+    assert "there are train, test" in refusal(read_rows, f"{tmp_path}/saved:dev")
+    (tmp_path / "hub" / "harmless").mkdir(parents=True)
+    write_jsonl(tmp_path / "hub" / "harmless" / "test.jsonl", ROWS[:2])
+    write_jsonl(tmp_path / "hub" / "train.jsonl", ROWS)
+    assert rows_of(f"{tmp_path}/hub:harmless:test") == ROWS[:2]
+
+
+def test_an_amount_takes_the_first_rows_or_a_share_and_reads_no_further(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"n": n} for n in range(10)])
+    with open(path, "a") as file:
+        file.write("not json\n")
+    numbers = lambda source: [row["n"] for row in rows_of(source)]
+    assert numbers(f"{path}@3") == [0, 1, 2]
+    assert "not JSON" in refusal(read_rows, f"{path}@0.5")  # a share has to read them all
+    write_jsonl(path, [{"n": n} for n in range(10)])
+    assert (
+        numbers(f"{path}@0.5") == [1, 3, 5, 7, 9]
+        and numbers(f"{path}@0.3") == [3, 6, 9]
+        and len(numbers(f"{path}@1.0")) == 10
+    )
+    for wrong in ("@0", "@0.0", "@1.5"):
+        assert "a share of them, @0.5" in refusal(read_rows, f"{path}{wrong}")
+    write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # a file of that name is that file, and has no known type
+    assert "neither a .jsonl" in refusal(fingerprint, f"{tmp_path}/odd.jsonl@2")

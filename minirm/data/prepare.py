@@ -14,6 +14,7 @@ Examples and groups lie on disk and are memory-mapped: what is held in memory is
 import gc
 import hashlib
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,33 +76,39 @@ class Prepared(NamedTuple):
 
 
 def read_texts(
-    source: str, tokenizer, separator: str, report: dict, keep: str = "worth", number: int = 0
+    source: str,
+    tokenizer,
+    separator: str,
+    report: dict,
+    keep: str = "worth",
+    number: int = 0,
+    columns: dict[str, str] | None = None,
 ) -> Iterator[dict]:
     """The examples of a source as TEXTS. Raises InputError for a bad row.
 
     Args:
-        report: gets the schema, the comparisons read, and why others were dropped.
+        report: gets the schema, its columns, the comparisons read, and why others were dropped.
         keep: "worth" leaves out comparisons not worth training on; "labelled" ties alone: a file to measure on is taken
             whole, its accuracy is then that of any other program on it; "all" also keeps examples without a comparison.
         number: of the source.
+        columns: see `schemas.rename`.
     """
-    schema, counts = None, Counter()
-    for where, row in read_rows(source):
-        try:
-            if schema is None:
-                schema = schemas.recognise(row)
-                report["schema"] = schemas.describe(schema, row)
-            prompt, completions, compared, ties, labelled, own_separator, subset = schemas.to_example(schema, row)
-        except InputError as error:
-            raise InputError(f"{where}: {one_line(error)}") from None
+    counts: Counter = Counter()
+    special = re.compile(
+        "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or r"(?!)"
+    )
+    for where, example in read_examples(source, report, columns):
+        prompt, completions, compared, ties, labelled, own_separator, subset, odd = example
         if keep == "all" and not labelled:
             compared = []
         chat = not isinstance(completions[0], str)
-        answers = ["\n".join(m["content"] for m in turns) for turns in completions] if chat else completions
+        answers = ["\n".join(map(said, turns)) for turns in completions] if chat else completions
         pairs = []
         for pair in compared:
             chosen, rejected = answers[pair[0]], answers[pair[1]]
-            if keep == "worth" and chosen == rejected:
+            if keep == "worth" and odd:
+                counts[f"dropped: {odd}"] += 1
+            elif keep == "worth" and chosen == rejected:
                 counts["dropped: identical answers"] += 1
             elif keep == "worth" and min(len(side.split(None, MIN_WORDS)) for side in (chosen, rejected)) < MIN_WORDS:
                 counts[f"dropped: answer under {MIN_WORDS} words"] += 1
@@ -109,6 +116,8 @@ def read_texts(
                 pairs.append(pair)
         counts["read"] += len(compared) + ties
         counts["dropped: tie"] += ties
+        whole = "\n".join([*map(said, prompt), *answers]) if chat else "\n".join([prompt, *answers])
+        counts["special tokens written out in the text"] += bool(special.search(whole))
         report.update(counts)
         if not pairs and keep != "all":
             continue
@@ -122,6 +131,34 @@ def read_texts(
             "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
             "rejected": rejected, "margin": margin, "subset": subset, "source": number, "where": where,
         }  # fmt: skip
+
+
+def read_examples(
+    source: str, report: dict, columns: dict[str, str] | None = None
+) -> Iterator[tuple[str, schemas.Example]]:
+    """(where, Example) of a source. Rows that hold one answer and its score are ranked by prompt when all are read."""
+    schema, scored = None, {}
+    for where, row in read_rows(source):
+        try:
+            row = schemas.rename(row, columns) if columns else row
+            if schema is None:
+                schema = schemas.recognise(row)
+                used, unused = schemas.used_columns(schema, row)
+                report |= {"schema": schemas.describe(schema, row), "columns": used, "not used": unused}
+            example = schemas.to_example(schema, row)
+        except InputError as error:
+            raise InputError(f"{where}: {one_line(error)}") from None
+        if schema.read is schemas.point_wise:
+            scored.setdefault(json.dumps(example.prompt), (where, []))[1].append(example)
+        else:
+            yield where, example
+    for where, rows in scored.values():
+        yield where, schemas.by_score(rows)
+
+
+def said(message: dict) -> str:
+    """All that is said in a message: its content, and its calls of tools."""
+    return message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,19 +177,21 @@ class Texts(NamedTuple):
             row[what] = n
 
 
-def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str) -> Texts:
+def store(
+    path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict[str, str] | None = None
+) -> Texts:
     """All examples of some sources, in a file."""
-    columns, report = array("q"), [{"source": source, "read": 0} for source in sources]
+    numbers, report = array("q"), [{"source": source, "read": 0} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
-            examples = read_texts(source, tokenizer, separator, report[number], keep, number)
+            examples = read_texts(source, tokenizer, separator, report[number], keep, number, columns)
             for example in tqdm(
                 examples, desc=f"reading {printable(source)}", unit=" prompts", leave=False, disable=None
             ):
-                columns.extend((prompt_key(example), number, len(example["chosen"])))
+                numbers.extend((prompt_key(example), number, len(example["chosen"])))
                 writer.write(example)
         writer.finalize()
-    return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(columns).long().view(-1, 3).unbind(1), report)
+    return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(numbers).long().view(-1, 3).unbind(1), report)
 
 
 def prompt_key(example: dict) -> int:
@@ -195,6 +234,7 @@ def prepare(
     max_length: int = 550,
     overlong: str = "truncate",
     seed: int = 0,
+    columns: dict[str, str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Prepared:
     """Reads, filters, tokenises and groups; the result is cached under what it depends on, whole or not at all.
@@ -208,14 +248,16 @@ def prepare(
     prints = {"train": [*map(fingerprint, train_data)], "eval": [*map(fingerprint, eval_data)]}
     code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     split = None if eval_data else [eval_fraction, seed]
-    state = [code, tokenizer_state(tokenizer), rules, separator, split, prints, [*train_data], [*eval_data]]
+    state = [code, tokenizer_state(tokenizer), rules, separator, split, prints, [*train_data], [*eval_data], columns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
         gc.freeze()  # or all that was imported would be searched for garbage again and again: a fifth of the time
         try:
             with whole_folder(folder) as new:
-                report = write_groups(new, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules)
+                report = write_groups(
+                    new, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
+                )
                 (new / "report.json").write_text(json.dumps(report))
                 for path in new.glob("*.texts"):
                     path.unlink()
@@ -232,11 +274,13 @@ def prepare(
     return Prepared(*parts, report, prints)
 
 
-def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules) -> dict[str, list]:
+def write_groups(
+    folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
+) -> dict[str, list]:
     """train.arrow and eval.arrow in a folder; returns the report."""
-    train = store(folder / "train.texts", train_data, tokenizer, separator, "worth")
+    train = store(folder / "train.texts", train_data, tokenizer, separator, "worth", columns)
     if eval_data:
-        held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled")
+        held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled", columns)
         parts = {"train": (train, train.pairs > 0, "worth"), "eval": (held_out, held_out.pairs > 0, "labelled")}
         held_out.note("prompt also in the training data", torch.isin(held_out.keys, train.keys))
     else:

@@ -1,7 +1,8 @@
 """Preference data as it is published: which columns mean what.
 
 A schema is recognised from the columns of the first row, and every row becomes an Example. To add one, write a function
-of a few lines, row -> Example, and enter it in SCHEMAS. An InputError it raises is shown with file and line.
+of a few lines, row -> Example, and enter it in SCHEMAS. An InputError it raises is shown with file and line. What no
+schema knows is named on the command line: --columns prompt=question chosen=response_j rejected=response_k.
 """
 
 import json
@@ -11,7 +12,22 @@ from typing import Any, NamedTuple
 
 from minirm.errors import InputError, shown
 
-Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
+Messages = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], tool calls as the chat template takes them
+# What --columns can name, and what the field calls a prompt. A prompt under another name must not get lost.
+NAMES = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "margin",
+    "subset",
+    "completions",
+    "scores",
+    "rank",
+    "response",
+    "score",
+    "system",
+)
+PROMPTS = ("question", "instruction", "query", "context", "history", "post", "problem", "user_prompt", "task", "input")
 
 
 class Example(NamedTuple):
@@ -24,33 +40,97 @@ class Example(NamedTuple):
     labelled: bool = True  # False: the order of the completions is taken for their ranking, nothing else tells it
     separator: str | None = None  # between prompt and completion; None: --separator
     subset: str = ""
+    odd: str = ""  # why its comparisons are not worth training on: the sides answer different questions
 
 
 class Schema(NamedTuple):
     name: str
     columns: str  # all of them must be there; | separates other names for one
     read: Callable[[dict], Example]
+    optional: str = "prompt"  # columns that are used if they are there, besides subset
+    prompt: str = ""  # the column, or two, that are read as the prompt, which has another name
+
+
+def column(text: str) -> tuple[str, str]:
+    """("prompt", "question") of prompt=question, one word of --columns. Raises InputError for anything else."""
+    name, _, path = text.partition("=")
+    if name not in NAMES or not path:
+        raise InputError(
+            f"--columns {text}: expected NAME=COLUMN with one of {', '.join(NAMES)}, as in prompt=question"
+        )
+    return name, path
+
+
+def rename(row: dict, columns: dict[str, str]) -> dict:
+    """A row with columns by the names that minirm knows: {"prompt": "question.full_text"}; a dot reaches into an object."""
+    renamed = {}
+    for name, path in columns.items():
+        value: Any = row
+        for key in [path] if path in row else path.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise InputError(
+                    f"--columns {name}={path}: no column '{path}'; found {', '.join(map(str, row)) or 'none'}"
+                )
+            value = value[key]
+        renamed[name] = value
+    used = {path.partition(".")[0] for path in columns.values()}
+    return {key: value for key, value in row.items() if key not in used} | renamed
 
 
 def recognise(row: dict) -> Schema:
     """The schema of a file by its first row, with the names of its columns there. InputError if none fits, or two."""
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
+    names = [{_name(row, *c.split("|")) for c in s.columns.split()} for s in fits]
+    # One that needs all that another needs, and more, says more.
+    fits = [s for s, mine in zip(fits, names) if not any(mine < other for other in names)]
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"
         raise InputError(
-            f"no column '{missing}'; expected prompt (optional), chosen, rejected, or the columns of another schema that "
-            f"README names; found {', '.join(map(str, row)) or 'none'}"
+            f"no column '{missing}'; expected prompt (optional), chosen, rejected, the columns of another schema that README "
+            "names, or other names given with --columns prompt=NAME chosen=NAME rejected=NAME; found "
+            f"{', '.join(map(str, row)) or 'none'}"
         )
     if len(fits) > 1:
         both = " as well as ".join(f"{s.name} ({', '.join(s.columns.split()).replace('|', ' or ')})" for s in fits)
         raise InputError(f"the columns fit {both}; leave out those of one of them")
-    return fits[0]._replace(columns=" ".join(_name(row, *c.split("|")) for c in fits[0].columns.split()))
+    (schema,) = fits
+    return schema._replace(
+        columns=" ".join(_name(row, *c.split("|")) for c in schema.columns.split()), prompt=_prompt_column(schema, row)
+    )
+
+
+def _prompt_column(schema: Schema, row: dict) -> str:
+    """The columns that hold the prompt under another name, "" if there is none. InputError if it could be several."""
+    if "prompt" not in schema.optional.split() or row.get("prompt"):
+        return ""
+    sides = [row.get(side) for side in schema.columns.split() if side != "prompt"]
+    if any(isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) for side in sides):
+        return ""  # conversations hold their prompt
+    if schema.read is chosen_rejected and _is_transcript(row):
+        return ""
+    found = [name for name in PROMPTS if isinstance(row.get(name), (str, list)) and row[name]]
+    if found == ["instruction", "input"] or (found == ["instruction"] and "input" in row):
+        return "instruction input"
+    if len(found) > 1:
+        raise InputError(
+            f"no prompt, but {', '.join(found)}: which one is it? Type --columns prompt={found[0]} "
+            + " ".join(f"{side}={side}" for side in ("chosen", "rejected") if side in row)
+        )
+    return "".join(found)
 
 
 def to_example(schema: Schema, row: dict) -> Example:
     """Raises InputError for a column that is missing or holds what it should not."""
     if gone := [column for column in schema.columns.split() if column not in row]:
         raise InputError(f"no column '{gone[0]}', which the first row has; found {', '.join(map(str, row)) or 'none'}")
+    if schema.prompt:
+        parts = [row.get(name) for name in schema.prompt.split()]
+        if row.get("prompt"):
+            raise InputError(f"a prompt in 'prompt' as well as in '{schema.prompt.split()[0]}'; leave one of them out")
+        texts = [part for part in parts if part]
+        row = row | {
+            "prompt": texts[0] if len(texts) == 1 else "\n".join(_string(text, schema.prompt) for text in texts)
+        }
     example = schema.read(row)
     return example if row.get("subset") is None else example._replace(subset=_string(str(row["subset"]), "subset"))
 
@@ -58,14 +138,28 @@ def to_example(schema: Schema, row: dict) -> Example:
 def describe(schema: Schema, row: dict) -> str:
     """What is printed at start: the schema, and what its texts are where that is not a matter of columns."""
     if schema.read is chosen_rejected:
+        if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
+            return "answers in lists"
         kind = "transcripts" if _is_transcript(row) else "texts" if isinstance(row["chosen"], str) else "messages"
         return f"{kind} in chosen and rejected"
     return f"{schema.name} by {schema.columns.split()[-1]}" if schema.read is safe_rlhf else schema.name
 
 
+def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
+    """(columns that are read, columns of text that are not) of the first row."""
+    known = {*schema.columns.split(), *schema.optional.split(), *schema.prompt.split(), "subset"}
+    used = [name for name in row if name in known and row[name] is not None]
+    text = lambda value: isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict))
+    return used, [name for name, value in row.items() if name not in known and value and text(value)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One function a schema
 def chosen_rejected(row: dict) -> Example:
+    if all(
+        isinstance(row[side], list) and row[side] and isinstance(row[side][0], str) for side in ("chosen", "rejected")
+    ):
+        return answer_lists(row)
     prompt, chosen, rejected = _text(row, "prompt", optional=True), _text(row, "chosen"), _text(row, "rejected")
     margin = _number(row, "margin", low=0, optional=True)
     if row.get("score_chosen") is not None and row.get("score_chosen") == row.get("score_rejected"):
@@ -131,6 +225,141 @@ def arena(row: dict) -> Example:
     raise InputError(f"'winner' must be model_a, model_b or a tie, got {shown(winner)}")
 
 
+def answer_lists(row: dict) -> Example:
+    """RewardBench 2, RM-Bench: every answer in `chosen` is better than every one in `rejected`."""
+    sides = {side: row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")}
+    texts = [_string(text, side) for side, of_side in sides.items() for text in of_side]
+    good = len(sides["chosen"])
+    pairs = [(c, r, 0.0) for c in range(good) for r in range(good, len(texts))]
+    return Example(_string(row.get("prompt") or "", "prompt"), texts, pairs)
+
+
+def judge_bench(row: dict) -> Example:
+    answers = [_text(row, "response_A"), _text(row, "response_B")]
+    label = str(row["label"]).replace(" ", "")
+    if label not in ("A>B", "B>A", "A=B"):
+        raise InputError(f"'label' must be A>B, B>A or A=B, got {shown(row['label'])}")
+    margin, subset = (0.0 if label == "A=B" else None), row.get("source")
+    example = _comparison(_text(row, "question"), answers, margin, better=int(label == "B>A"))
+    return example._replace(subset=subset if isinstance(subset, str) else "")
+
+
+def llm_bar(row: dict) -> Example:
+    if str(row["label"]) not in ("1", "2"):
+        raise InputError(f"'label' must be 1 or 2, got {shown(row['label'])}")
+    answers = [_text(row, "output_1"), _text(row, "output_2")]
+    return _comparison(_text(row, "input"), answers, better=int(row["label"]) - 1)
+
+
+def share_gpt(row: dict) -> Example:
+    """LLaMA-Factory: the conversation so far, and a turn for either side, each as from and value."""
+    roles = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+    def turns(column: str) -> Messages:
+        value = row[column] if isinstance(row[column], list) else [row[column]]
+        for turn in value:
+            if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+                raise InputError(f"'{column}' must hold turns with from and value, got {shown(turn)}")
+        said = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
+        return _text({column: said}, column)
+
+    return _comparison(turns("conversations"), [turns("chosen"), turns("rejected")])
+
+
+def rejected_response(row: dict) -> Example:
+    """ms-swift: messages that end in the chosen answer, and a rejected answer in its place."""
+    messages = _text(row, "messages")
+    if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
+        raise InputError(f"'messages' must end with the assistant's answer, got {shown(row['messages'])}")
+    rejected = row["rejected_response"]
+    if isinstance(rejected, list) and rejected and isinstance(rejected[0], str):
+        rejected = [[{"role": "assistant", "content": _string(text, "rejected_response")}] for text in rejected]
+    else:
+        rejected = [[{"role": "assistant", "content": _string(rejected, "rejected_response")}]]
+    sides = [messages[-1:], *rejected]
+    return _conversation(Example(messages[:-1], sides, [(0, k, 0.0) for k in range(1, len(sides))]))
+
+
+def openai_preference(row: dict) -> Example:
+    if not isinstance(row["input"], dict) or "messages" not in row["input"]:
+        raise InputError(f"'input' must be an object with messages, got {shown(row['input'])}")
+    sides = [_text(row, "preferred_output"), _text(row, "non_preferred_output")]
+    return _comparison(_text(row["input"], "messages"), sides)
+
+
+def nectar(row: dict) -> Example:
+    """Seven answers with a rank, 1 is the best; equal ranks are ties. The prompt is a transcript."""
+    return _rated(row, "answers", "answer", lambda of: _number(of, "rank"))
+
+
+def ultrafeedback(row: dict) -> Example:
+    """As published: an instruction, and four completions with an overall score."""
+    return _rated(
+        row | {"prompt": row["instruction"]}, "completions", "response", lambda of: -_number(of, "overall_score")
+    )
+
+
+def _rated(row: dict, column: str, text: str, cost: Callable[[dict], float]) -> Example:
+    """Every ordered pair of the objects in a list column; a lower cost is better, an equal one a tie."""
+    objects = _list(row, column)
+    if not isinstance(objects, list) or not objects or not all(isinstance(of, dict) for of in objects):
+        raise InputError(f"'{column}' must be a list of objects with {text}, got {shown(objects)}")
+    costs = [cost(of) for of in objects]
+    pairs = [(i, j, 0.0) for i, a in enumerate(costs) for j, b in enumerate(costs) if a < b]
+    ties = len(costs) * (len(costs) - 1) // 2 - len(pairs)
+    texts = [_text(of, text) for of in objects]
+    return _conversation(Example(_text(row, "prompt", optional=True), texts, pairs, ties))
+
+
+def web_gpt(row: dict) -> Example:
+    """The better answer has the higher score; the question is a text, or an object with full_text."""
+    question = row["question"].get("full_text") if isinstance(row["question"], dict) else row["question"]
+    low, high = sorted(scores := [_number(row, "score_0"), _number(row, "score_1")])
+    answers = [_string(row[f"answer_{k}"], f"answer_{k}") for k in (0, 1)]
+    return _comparison(_string(question, "question"), answers, high - low, better=scores.index(high))
+
+
+def preferred(row: dict) -> Example:
+    """Two answers, and which one is preferred: a or b, 0 or 1 for the first or second, or a tie."""
+    answers = [_text(row, "response_a"), _text(row, "response_b")]
+    value = str(row["preference"]).strip().lower().removeprefix("response_")
+    if value in ("tie", "equal", "same"):
+        return _comparison(_text(row, "prompt", optional=True), answers, 0.0)
+    if value not in ("a", "b"):
+        raise InputError(
+            f"'preference' must be a, b or tie, got {shown(row['preference'])}; numbers could mean either side"
+        )
+    return _comparison(_text(row, "prompt", optional=True), answers, better=int(value == "b"))
+
+
+def stepwise(row: dict) -> Example:
+    raise InputError(
+        "prompt, completions and labels are the steps of one answer, each right or wrong (stepwise supervision), not answers "
+        "to compare; minirm trains on comparisons"
+    )
+
+
+def point_wise(row: dict) -> Example:
+    """One answer and its score; read_texts ranks the rows of a prompt (see `by_score`)."""
+    column = next(name for name in ("score", "label", "rating") if name in row)
+    value = row[column]
+    score = float(value) if isinstance(value, bool) else _number(row, column)
+    prompt = _text(row, "prompt")
+    if not prompt:
+        raise InputError("'prompt' is empty; rows with a score are ranked with the other rows of their prompt")
+    answer = _text(row, "completion" if "completion" in row else "response")
+    return Example(prompt, [answer], [(0, 0, score)])
+
+
+def by_score(rows: list[Example]) -> Example:
+    """All rows of a prompt, as `point_wise` gives them, in one example: every ordered pair, equal scores are ties."""
+    scores = [row.pairs[0][2] for row in rows]
+    pairs = [(i, j, 0.0) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
+    ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
+    answers = [row.completions[0] for row in rows]
+    return _conversation(Example(rows[0].prompt, answers, pairs, ties, subset=rows[0].subset))
+
+
 def ranked(row: dict) -> Example:
     """Every ordered pair. Best first, unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
     texts = _list(row, "completions")
@@ -149,15 +378,27 @@ def ranked(row: dict) -> Example:
 
 
 SCHEMAS = [
-    Schema("chosen and rejected", "chosen rejected", chosen_rejected),
-    Schema("summarize_from_feedback", "info summaries choice", summarize_from_feedback),
+    Schema("chosen and rejected", "chosen rejected", chosen_rejected, "prompt margin score_chosen score_rejected"),
+    Schema("RewardBench 2", "chosen rejected num_correct", answer_lists),
+    Schema("summarize_from_feedback", "info summaries choice", summarize_from_feedback, ""),
     Schema("HelpSteer", "prompt|context response_1|response1 response_2|response2 "
-                        "preference_strength|overall_preference", helpsteer),
-    Schema("SHP", "history human_ref_A human_ref_B labels", shp),
-    Schema("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id|safer_response_id", safe_rlhf),
-    Schema("lmarena conversations", "conversation_a conversation_b winner|winner_model_a", arena),
-    Schema("lmarena responses", "prompt response_a response_b winner|winner_model_a", arena),
-    Schema("ranked completions", "prompt completions", ranked),
+                        "preference_strength|overall_preference", helpsteer, ""),
+    Schema("SHP", "history human_ref_A human_ref_B labels", shp, "score_ratio"),
+    Schema("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id|safer_response_id", safe_rlhf, ""),
+    Schema("lmarena conversations", "conversation_a conversation_b winner|winner_model_a", arena, "winner_model_b winner_tie"),
+    Schema("lmarena responses", "prompt response_a response_b winner|winner_model_a", arena, "winner_model_b winner_tie"),
+    Schema("ranked completions", "prompt completions", ranked, "scores rank"),
+    Schema("JudgeBench", "question response_A response_B label", judge_bench, "source"),
+    Schema("LLMBar", "input output_1 output_2 label", llm_bar, ""),
+    Schema("ShareGPT", "conversations chosen rejected", share_gpt, ""),
+    Schema("ms-swift", "messages rejected_response", rejected_response, ""),
+    Schema("OpenAI preference", "input preferred_output non_preferred_output", openai_preference, ""),
+    Schema("Nectar", "prompt answers", nectar, ""),
+    Schema("UltraFeedback", "instruction completions", ultrafeedback, ""),
+    Schema("WebGPT", "question answer_0 answer_1 score_0 score_1", web_gpt, ""),
+    Schema("responses with a preference", "response_a response_b preference", preferred),
+    Schema("stepwise supervision", "prompt completions labels", stepwise, ""),
+    Schema("answers with a score", "prompt response|completion score|label|rating", point_wise, ""),
 ]  # fmt: skip
 
 
@@ -197,7 +438,14 @@ def _conversation(example: Example) -> Example:
         if not again and prompt[-1]["role"] == sides[0][0]["role"] == "user":
             raise InputError("'prompt' is another question than the one the messages begin with; leave one of them out")
         shared = prompt + shared[again:]
-    return example._replace(prompt=shared, completions=[side[lead:] for side in sides])
+    rest = [side[lead:] for side in sides]
+    asked = [[m for m in side if m["role"] in ("user", "system")] for side in rest]
+    odd = ""
+    if any(side[-1]["role"] == "user" for side in rest):
+        odd = "a side ends with the user's turn"
+    elif any(other != asked[0] for other in asked):
+        odd = "the sides answer different prompts"
+    return example._replace(prompt=shared, completions=rest, odd=odd)
 
 
 def _name(row: dict, *names: str) -> str:
@@ -214,10 +462,16 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
         return _string(value, column)
     if not value or not all(isinstance(message, dict) for message in value):
         raise InputError(f"'{column}' must be a string or a list of messages with role and content, got {shown(value)}")
-    return [
-        {"role": _string(m.get("role"), f"{column}: role"), "content": _content(m.get("content"), f"{column}: content")}
-        for m in value
-    ]
+    return [_message(message, column) for message in value]
+
+
+def _message(message: dict, column: str) -> dict[str, Any]:
+    """Role and content, and what tool use brings along, for the chat template. A column that Parquet fills with null is none."""
+    more = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key) is not None}
+    role = _string(message.get("role"), f"{column}: role")
+    if message.get("content") is None and more.get("tool_calls"):
+        return {"role": role, "content": "", **more}
+    return {"role": role, "content": _content(message.get("content"), f"{column}: content"), **more}
 
 
 def _string(value: Any, column: str) -> str:

@@ -1,94 +1,270 @@
-"""Rows out of files and datasets, each with the place where it stands, and errors that name it."""
+"""Rows out of files and datasets, each with the place where it stands, and errors that name it.
+
+A source is what stands behind --train_data: a file, a glob, a folder, a URL, or a dataset by name. Behind a colon may
+stand a split (`name:test`) or a configuration and a split (`name:config:split`), at the end how much of it is used:
+`@1000` its first 1,000 rows, `@0.5` every second row.
+"""
 
 import csv
+import io
 import json
+import lzma
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import fsspec
+import pyarrow
+import pyarrow.parquet
 
 from minirm.errors import InputError, one_line, refusing, shown
 from minirm.files import file_digest
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 A_FILE = f"a {', '.join(FILE_TYPES)} file"
+SPLITS = "train|test|validation|valid|val|dev|eval"
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
+
+
+class Source(NamedTuple):
+    """A source, taken apart."""
+
+    typed: str
+    place: str  # path, glob, URL or name
+    parts: list[str]  # what stood behind colons: [], [split] or [config, split]
+    rows: int | None  # at most so many
+    share: float  # of the rows
+
+
+def parse(source: str) -> Source:
+    """Take a source apart. Raises InputError for an amount that says nothing, and where two readings are possible."""
+    place, rows, share = source, None, 1.0
+    if (amount := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)) and not Path(source).exists():
+        place, number = amount.groups()
+        if "." in number:
+            share = float(number)
+        else:
+            rows = int(number)
+        if rows == 0 or not 0 < share <= 1:
+            raise InputError(
+                f"{source}: @{number} must be a number of rows, @1000, or a share of them, @0.5, of at most @1.0"
+            )
+    parts: list[str] = []
+    # A colon may be part of a file's name, and is one of a URL.
+    while not Path(place).exists() and len(parts) < 2 and re.search(r":(?!//)[^:/\\]*$", place):
+        place, _, part = place.rpartition(":")
+        parts.insert(0, part)
+    return Source(source, place, parts, rows, share)
+
+
+def kind_of(path: str) -> str:
+    """The suffix of a file below its compression, ".jsonl" of x.jsonl.gz; "" if it is none of FILE_TYPES."""
+    path = path.partition("?")[0]
+    suffix = Path(path).suffix
+    suffix = Path(path.removesuffix(suffix)).suffix if suffix in COMPRESSED else suffix
+    return suffix if suffix in FILE_TYPES else ""
+
+
+def files_of(source: Source) -> list[str] | None:
+    """The files of a source in order; None for a dataset that `datasets` has to load. Raises InputError if there are none."""
+    place, local = source.place, "://" not in source.place
+    if re.search(r"[*?[]", place.partition("?")[0] if "://" in place else place) and not Path(place).exists():
+        fs, pattern = fsspec.core.url_to_fs(place)
+        found = [
+            fs.unstrip_protocol(file).removeprefix("file://") for file in sorted(fs.glob(pattern)) if kind_of(file)
+        ]
+    elif local and Path(place).is_dir() and not kind_of(place):
+        folder = Path(place)
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            return None
+        if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # harmless-base, and its like
+            folder = folder / source.parts[0]
+        found = [str(path) for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name)]
+        found = of_split(source, found, folder)
+    elif kind_of(place):
+        return [place]
+    else:
+        return None
+    if not found:
+        raise InputError(f"{source.typed}: no {', '.join(FILE_TYPES)} file there, compressed or not")
+    return found
+
+
+def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
+    """The files of the split that was asked for, or of train, by their names; all of them if no name says a split."""
+    names = {
+        file: re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", Path(file).relative_to(folder).as_posix())
+        for file in files
+    }
+    splits = {match[1] for match in names.values() if match}
+    wanted = source.parts[-1] if source.parts else "train"
+    if not splits and not source.parts:
+        return files
+    if wanted not in splits:
+        raise InputError(
+            f"{source.typed}: no split {wanted} there, by the names of the files; "
+            + (
+                f"there are {', '.join(sorted(splits))}: type {source.place}:{min(splits)}"
+                if splits
+                else "leave the split away"
+            )
+        )
+    return [file for file, match in names.items() if match and match[1] == wanted]
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) for every row of a file or dataset; `where` is "file:line" for an error message. Raises InputError.
+    """(where, row) for every row that is used; `where` is "file:line" for an error message. Raises InputError.
 
     JSON and CSV are read line by line here, not by `datasets`, which infers one type for a column and so cannot tell
     in which line a wrong one stands, turns the CSV answer "NA" into nothing, and stumbles over columns not needed.
     """
-    for where, row in _rows(source):
+    parsed = parse(source)
+    for number, (where, row) in enumerate(_all_rows(parsed)):
+        if number == parsed.rows:
+            return
+        if int((number + 1) * parsed.share) == int(number * parsed.share):
+            continue
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with the columns chosen and rejected, got {shown(row)}")
         yield where, row
 
 
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    reader = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}.get(Path(source).suffix)
-    if reader:
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            try:
-                yield from reader(source, file)
-            except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
-                with open(source, "rb") as raw:
-                    line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
-                raise InputError(f"{source}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    else:
-        rows, number = _load(source), 0
-        try:
-            for number, row in enumerate(rows, 1):
-                yield f"{source}, row {number}", row
-        except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
-            raise InputError(f"{source}, row {number + 1}: cannot be read ({one_line(error)})") from None
+def _all_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    files = files_of(source)
+    if files is None:
+        yield from _numbered(source.typed, _load(source))
+    for file in files or ():
+        if kind_of(file) == ".parquet":
+            yield from _numbered(file, _read_parquet(file))
+        else:
+            yield from _read_text(file, source)
 
 
-def _read_csv(source, file):
+def _numbered(name: str, rows) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield f"{name}, row {number}", row
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
+        raise InputError(f"{name}, row {number + 1}: cannot be read ({one_line(error)})") from None
+
+
+def _open(file: str, **text):
+    """A file or URL, decompressed: binary, or text for encoding=... . Raises InputError if it cannot be opened."""
+    if Path(file.partition("?")[0]).suffix == ".zst" and "zstd" not in fsspec.available_compressions():
+        raise InputError(f"{file}: zstandard is not installed; pip install zstandard")
+    try:
+        return fsspec.open(file, "rt" if text else "rb", compression="infer", **text).open()
+    except ImportError as error:  # s3fs and its like
+        raise InputError(f"{file}: {one_line(error)}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
+
+
+def _read_parquet(file: str) -> Iterator[dict]:
+    with _open(file) as opened:
+        compressed = Path(file).suffix in COMPRESSED
+        with refusing(f"{file}: cannot be read", advice="; is the file whole?"):
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(opened.read()) if compressed else opened)
+        for batch in table.iter_batches(batch_size=512):
+            yield from batch.to_pylist()
+
+
+def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json_lines}
+    try:
+        with _open(file, encoding="utf-8-sig", newline="") as opened:
+            yield from readers[kind_of(file)](file, opened, source)
+    except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
+        with _open(file) as raw:
+            line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
+        raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except DAMAGED as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); is the file whole?") from None
+
+
+def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
-    reader = csv.DictReader(file, strict=True)
+    tabs = kind_of(file) == ".tsv"
+    reader = csv.DictReader(opened, strict=True, delimiter="\t" if tabs else ",")
     try:
         if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
-            raise InputError(f"{source}:1: the column {shown(twice[0])} stands there twice; which one counts?")
+            raise InputError(f"{file}:1: the column {shown(twice[0])} stands there twice; which one counts?")
         for row in reader:
             if None in row:  # a comma in a text without quotes: the text would end there without a word
                 raise InputError(
-                    f"{source}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
-                    f"{len(reader.fieldnames)} column names; put texts with commas in double quotes"
+                    f"{file}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
+                    f"{len(reader.fieldnames)} column names; put texts with {'tabs' if tabs else 'commas'} in double quotes"
                 )
-            yield f"{source}:{reader.line_num}", row
+            yield f"{file}:{reader.line_num}", row
     except csv.Error as error:  # where the row begins: the line behind the last good row
-        raise InputError(f"{source}:{reader.line_num + 1}: not CSV ({error})") from None
+        raise InputError(f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error})") from None
 
 
-def _read_json(source, file):
-    while (character := file.read(1)).isspace():
-        pass
-    file.seek(0)
-    if character != "[":  # many .json files hold one object a line
-        yield from _read_json_lines(source, file)
+def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
+    opened = opened if opened.seekable() else io.StringIO(opened.read())
+    start = opened.read(1)
+    while start.isspace():
+        start = opened.read(1)
+    opened.seek(0)
+    if start == "{":  # an object a line, as in many .json files, or one object with the rows of every split
+        for line in opened:
+            if not line.isspace():
+                break
+        try:
+            json.loads(line)
+            opened.seek(0)
+            yield from _read_json_lines(file, opened, source)
+            return
+        except (ValueError, RecursionError):
+            opened.seek(0)
+    elif start != "[":
+        yield from _read_json_lines(file, opened, source)
         return
-    text = file.read()
+    text = opened.read()
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
-        raise InputError(f"{source}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
-    yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
+        raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
+    rows = _split_of(rows, file, source) if isinstance(rows, dict) else rows
+    yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def _read_json_lines(source, file):
+def _split_of(whole: dict, file: str, source: Source) -> list:
+    """The rows of {"data": [...]}, or of one of {"train": [...], "test": [...]}; one object is one row."""
+    lists = {
+        name: rows for name, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+    }
+    if {"chosen", "rejected"} & whole.keys() or not lists:
+        return [whole]
+    wanted = source.parts[-1] if source.parts else "train" if "train" in lists and len(lists) > 1 else min(lists)
+    if wanted not in lists or (not source.parts and len(lists) > 1 and wanted != "train"):
+        raise InputError(f"{file}: holds {', '.join(sorted(lists))}; type which one is meant, {file}:{min(lists)}")
+    return lists[wanted]
+
+
+def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
     decode = json.JSONDecoder(object_pairs_hook=_object).decode  # loads would make one for every line
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(opened, 1):
         if line.isspace():
             continue
         try:
             row = decode(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}:{number}: not JSON ({one_line(error)}); expected one object a line") from None
-        yield f"{source}:{number}", row
+            raise InputError(f"{file}:{number}: not JSON ({one_line(error)}); expected one object a line") from None
+        if number == 1 and kind_of(file) == ".json" and isinstance(row, dict):
+            rows = _split_of(row, file, source)
+            if rows != [row]:
+                yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+                continue
+        yield f"{file}:{number}", row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
@@ -99,21 +275,47 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     return row
 
 
-def _load(source: str) -> datasets.Dataset:
-    """A Parquet file, or a dataset by name or name:split."""
-    name, _, split = source.partition(":")
+def _load(source: Source) -> datasets.Dataset:
+    """A dataset by name, name:split or name:config:split, or a folder of `save_to_disk`."""
+    config, split = ([None, "train"] if not source.parts else [None, *source.parts])[-2:]
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
-    with refusing(f"{source}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors, pyarrow's
-        if Path(source).suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=source, split="train")
-        return datasets.load_dataset(name, split=split or "train")
+    if Path(source.place).is_dir():
+        with refusing(f"{source.typed}: a folder of save_to_disk that cannot be loaded"):
+            loaded = datasets.load_from_disk(source.place)
+        if isinstance(loaded, datasets.Dataset):
+            return loaded
+        if split not in loaded:
+            raise InputError(
+                f"{source.typed}: no split {split}, there are {', '.join(loaded)}; type {source.place}:{min(loaded)}"
+            )
+        return loaded[split]
+    with refusing(f"{source.typed}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors
+        try:
+            return datasets.load_dataset(source.place, config, split=split)
+        except ValueError as error:
+            if config is None or "BuilderConfig" not in str(error):
+                raise
+            return datasets.load_dataset(source.place, data_dir=config, split=split)  # harmless-base of hh-rlhf
 
 
 def fingerprint(source: str) -> str:
     """Changes when the data does. Raises InputError if there is no such file or dataset."""
-    if Path(source).suffix not in FILE_TYPES:
-        return _load(source)._fingerprint
-    try:
-        return file_digest(Path(source))
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror or error}; expected {A_FILE}") from None
+    parsed = parse(source)
+    files = files_of(parsed)
+    if files is None:
+        return _load(parsed)._fingerprint
+    prints = []
+    for file in files:
+        try:
+            if "://" in file:
+                fs, path = fsspec.core.url_to_fs(file)
+                prints.append(f"{fs.ukey(path)}")
+            else:
+                prints.append(file_digest(Path(file)))
+        except ImportError as error:
+            raise InputError(f"{file}: {one_line(error)}") from None
+        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+            raise InputError(
+                f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}"
+            ) from None
+    return prints[0] if len(prints) == 1 else " ".join(prints)

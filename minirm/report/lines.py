@@ -48,7 +48,13 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
     counts = [totals([row]) for _, row in rows]
     total = sum(counts, Counter())
     keys = ["read", "held out", *sorted(key for key in total if key.startswith("dropped")), "kept", "kept, prompt cut"]
-    keys += ["kept, answer cut", "prompt also in the training data", "prompts", "separate tokens"]
+    keys += [
+        "kept, answer cut",
+        "prompt also in the training data",
+        "special tokens written out in the text",
+        "prompts",
+        "separate tokens",
+    ]
     keys += ["shared tokens"] if row_layout == "shared" else []
     clear = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
     lines = [("comparisons", *(part for part, _ in rows))]
@@ -65,10 +71,17 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
         lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
     width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
     table = [f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells) for name, *cells in lines]
-    schemas = [
-        f"{part:<8}  {typed(row['source'])}: {printable(row['schema'])}" for part, row in rows if "schema" in row
-    ]
+    schemas = [f"{part:<8}  {source_line(row)}" for part, row in rows if "schema" in row]
     return "\n".join([*schemas, "", *table])
+
+
+def source_line(row: dict) -> str:
+    """What a source was read as, the columns that were read, and those of text that were not."""
+    line = f"{typed(row['source'])}: {printable(row['schema'])}"
+    for what in ("columns", "not used"):
+        if names := row.get(what):
+            line += f"; {what} {', '.join(map(printable, names))}"
+    return line
 
 
 def freeze_line(model: nn.Module, frozen: Frozen) -> str:
