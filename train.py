@@ -35,6 +35,7 @@ from minirm.errors import InputError, Parser, Stop, disk_full_line, disk_is_full
 from minirm.estimate import show_plan
 from minirm.files import as_json
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
+from minirm.lora import add_lora, init_lora, merge
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.model import RewardModel, check_fit, empty_model, load_config
 from minirm.plan import make_plan
@@ -86,6 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="demo", help="name or folder of any decoder that transformers loads; demo: a tiny one made here")
     add("--freeze_ratio", type=float, default=0.7, help="share of the bottom layers that is frozen; 0 trains all, 1 trains the head alone")
     add("--train_embeddings", action="store_true", help="train the embeddings too (default: they are frozen with the layers)")
+    add("--lora_rank", type=int, default=0, help="rank of adapters on the linear layers of the blocks that are not frozen; 0 trains those whole")
+    add("--lora_alpha", type=float, help="adapters are multiplied by this / rank (default: 2 x rank)")
     add = parser.add_argument_group("objective").add_argument
     add("--loss", default="divergence", choices=["divergence", "last", "trlx"],
         help="divergence: every token from the first difference on; last: the end rewards alone; trlx: as published, pads and all")
@@ -145,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_length world_size device"),
         ("not be negative", lambda value: 0 <= value < math.inf,
          """learning_rate warmup_steps weight_decay max_grad_norm eval_steps logging_steps save_steps save_total_limit
-         shard_size center_rewards_coefficient margin_scale profile"""),
+         shard_size center_rewards_coefficient margin_scale profile lora_rank"""),
         ("lie in 0..1", lambda value: 0 <= value <= 1, "freeze_ratio"),
         ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),
     ):
@@ -154,6 +157,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if not all(map(holds, value if isinstance(value, list) else [value])):
                 raise InputError(f"--{name} must {what}, got {value}")
     # fmt: on
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    elif not 0 < args.lora_alpha < math.inf:
+        raise InputError(f"--lora_alpha must be positive, got {args.lora_alpha}")
+    if args.lora_rank and args.train_embeddings:
+        raise InputError("--train_embeddings does not go with --lora_rank, which trains adapters of the blocks alone")
     if args.loss == "trlx":  # as published, or it would not be worth its name
         for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
             if getattr(args, name) != parser.get_default(name):
@@ -165,7 +174,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,
         "--keep": args.eval_steps == 0, "--cpu_offload": not torch.cuda.is_available() and not args.plan,
-        "--world_size": not args.plan, "--device": not args.plan,
+        "--lora_alpha": args.lora_rank == 0, "--world_size": not args.plan, "--device": not args.plan,
     }  # fmt: skip
     given = {word.partition("=")[0] for word in (sys.argv if argv is None else argv)}
     for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in given]:
@@ -210,6 +219,7 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
         use_sdpa(model.trunk)
         with refusing(f"--model {args.model}: its layers cannot be frozen", ValueError):
             frozen = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
+            add_lora(model, args.lora_rank, args.lora_alpha, frozen)
         data = prepare(
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
             max_length=args.max_length, overlong=args.overlong, seed=args.seed, columns=dict(args.columns),
@@ -233,6 +243,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
         read = stored_weights(args.model, config, model, args.seed)
     load = partial(load_weights, args.model, config, args.seed)
     read = shard.fill(model, processes.device, args.cpu_offload, processes.patient, read, load)
+    init_lora(model, args.seed)
     if not args.cache_trunk:
         return None
     about = (config, inputs.tokenizer, read, frozen, inputs.data.report, inputs.layout, processes.device.type)
@@ -434,7 +445,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     with torch.no_grad():
         for name, copy in kept.items():
             trained[name].copy_(copy)
-    state = shard.gather(model, dtype)
+    state = merge(model, shard.gather(model, dtype))
 
     def write_model() -> None:
         notes: dict = {"minirm": {"separator": args.separator, "max_length": args.max_length}}  # for minirm.score

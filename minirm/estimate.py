@@ -23,6 +23,7 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.data.demo import use_demo
 from minirm.errors import InputError, printable, refusing
 from minirm.freeze import find_blocks, freeze_bottom_layers
+from minirm.lora import add_lora
 from minirm.model import RewardModel, load_config
 from minirm.probe import probe_shared_rows
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
@@ -113,8 +114,9 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     computed = torch.bfloat16 if dtype == torch.float16 else dtype  # as large, and experts know no other
     with FakeTensorMode():  # parameters as FSDP gathers them, the head in fp32
         model = RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=computed)).eval()
+        frozen_part = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
+        add_lora(model, args.lora_rank, args.lora_alpha, frozen_part)
     use_sdpa(model.trunk)
-    freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
     blocks = find_blocks(model)[1]
     for block in blocks:  # not around the whole step: it would be off where backward computes checkpoints anew
         block.forward = CudaAutocast()(block.forward)
@@ -126,6 +128,9 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
     number = dtype.itemsize  # bytes of one in the compute precision
+    sent_as = (
+        4 if args.lora_rank else number
+    )  # what FSDP gathers of a trained one: adapters travel with the head, in fp32
     trained, frozen = count(model), count(model, trained=False)
     units = [count(block) for block in blocks]
     unit = max(*units, trained - sum(units))  # what FSDP gathers and reduces at a time; the rest is one, too
@@ -138,7 +143,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     buffers = sum(b.nbytes for b in model.buffers())
     meter, forward = micro_step(model, rows, length, computed, layout, 0 if summed or offload else 4 / shards)
     on_device = 0 if offload else share
-    gathers = micro_steps * (1 - 1 / shards) * number
+    gathers = micro_steps * (1 - 1 / shards)
     parts = {  # bytes
         "on a device, always": {
             "frozen parameters": buffers + (frozen * number if stay else 0) + (0 if offload else frozen_shard),
@@ -149,16 +154,16 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
             "whole gradients of earlier micro-steps, fp32": summed,
             # Kept through the step where there is room, else a unit is gathered while the one before is in use; gradients
             # of a unit come in the compute precision and are reduced in fp32.
-            "trained parameters, gathered": trained * number if once else 2 * unit * number,
+            "trained parameters, gathered": trained * sent_as if once else 2 * unit * sent_as,
             "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
-            "gradients on their way": unit * (number + 4),
+            "gradients on their way": unit * (sent_as + 4),
             "activations, gradients of a lone micro-step": meter.peak,
         },
         "in the optimizer's step": {"gradients, fp32": on_device, "AdamW at work, fp32": on_device},
         "in host memory, a process": {"parameters, gradients, moments": 4 * share + frozen_shard if offload else 0},
         "sent by a device in a step": {
-            "trained units gathered": (gathers / micro_steps if once else 2 * gathers) * trained,
-            "frozen units gathered": 0 if stay else gathers * frozen,
+            "trained units gathered": (gathers / micro_steps if once else 2 * gathers) * sent_as * trained,
+            "frozen units gathered": 0 if stay else (2 if args.lora_rank else 1) * gathers * number * frozen,
             "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
             "gradients summed over copies, fp32": 2 * share * (1 - shards / world),
         },

@@ -119,6 +119,7 @@ def empty_model(config) -> RewardModel:
 
 
 def saved_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of what a checkpoint has: parameters, those that are tied once, and persistent buffers."""
+    """(name, tensor) of what a checkpoint has: parameters but adapters, those that are tied once, and persistent buffers."""
     saved = model.state_dict().keys()
-    return [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n in saved]
+    found = [*model.named_parameters(), *model.named_buffers()]
+    return [(n, t) for n, t in found if n in saved and not n.startswith("lora.")]

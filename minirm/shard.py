@@ -137,7 +137,7 @@ def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
 def checkpoint_trained_blocks(model: nn.Module) -> None:
     """Trained blocks keep their input alone and compute the rest once more in backward: less memory, more time."""
     for block in find_blocks(model)[1]:
-        if any(p.requires_grad for p in block.parameters()):
+        if hasattr(block, "has_adapters") or any(p.requires_grad for p in block.parameters()):
             # The forward, not the call, so that FSDP's hooks stay outside and run once.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -185,7 +185,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
             unit.set_reshard_after_backward(not stay)
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # backward does so by itself
-    fully_shard(model, **options)  # the rest, in fp32: the final norm and the head
+    fully_shard(model, **options)  # the rest, in fp32: the final norm, the head, adapters
     trained = [m for m in (*blocks, *others, model) if any(p.requires_grad for p in m.parameters())]
     if mesh.device_type == "cpu":
         for unit in trained:
@@ -264,5 +264,6 @@ def gather(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            state[name] = whole.to("cpu", dtype if whole.is_floating_point() else None).contiguous()
+            rounded = whole.is_floating_point() and not name.startswith("lora.")  # those are merged in fp32
+            state[name] = whole.to("cpu", dtype if rounded else None).contiguous()
     return state

@@ -1,0 +1,89 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): frozen matrices learn W x + (alpha / rank) B A x, with A and B alone trained.
+
+The adapters live beside the trunk, in `model.lora`, and reach its linear layers through forward hooks. So no name inside the
+trunk changes, and FSDP gathers and reduces all of them together with the head, in fp32: no collective per matrix.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from minirm.freeze import Frozen, find_blocks
+
+PREFIX = "lora."
+
+
+class Adapter(nn.Module):
+    """A [rank, in] and B [out, rank] of one linear layer, fp32, and the factor of their product."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, transposed: bool):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.empty(rank, inputs)), nn.Parameter(torch.empty(outputs, rank))
+        self.scale, self.transposed = scale, transposed
+
+    def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        # Through self each time: FSDP swaps the parameters.
+        return output + self.scale * F.linear(F.linear(inputs[0], self.A), self.B)
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
+    """Freezes the whole trunk of an empty RewardModel and puts adapters on the linear layers of the blocks that are not frozen.
+
+    rank 0 changes nothing.
+    Raises ValueError if there is no linear layer, or one that shares its weight with another.
+    """
+    if not rank:
+        return
+    path, blocks = find_blocks(model)
+    model.trunk.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    shared = {*names} - {name for name, _ in model.named_parameters()}
+    model.lora = nn.ModuleDict()
+    for i, block in list(enumerate(blocks))[len(frozen.layers) :]:
+        for name, module in block.named_modules(prefix=f"{path}.{i}", remove_duplicate=False):
+            if not isinstance(module, nn.Linear | Conv1D):
+                continue
+            if f"{name}.weight" in shared:
+                raise ValueError(
+                    f"{name} shares its weight with another layer, so it cannot have an adapter of its own"
+                )
+            transposed = isinstance(module, Conv1D)
+            outputs, inputs = module.weight.T.shape if transposed else module.weight.shape
+            with torch.device(module.weight.device):
+                adapter = Adapter(inputs, outputs, rank, alpha / rank, transposed)
+            model.lora[name.replace(".", "/")] = adapter
+            module.register_forward_hook(adapter.hook)
+            block.has_adapters = True
+    if not model.lora:
+        raise ValueError("the blocks to train have no linear layers; leave --lora_rank away, or lower --freeze_ratio")
+
+
+@torch.no_grad()
+def init_lora(model: nn.Module, seed: int) -> None:
+    """B is zero; A uniform as `nn.Linear` has it. The same numbers for any number of processes."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in getattr(model, "lora", {}).values():
+        bound = 1 / math.sqrt(adapter.A.shape[1])
+        whole = torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator)
+        for target, value in ((adapter.A, whole), (adapter.B, torch.zeros(adapter.B.shape))):
+            mine = target
+            if isinstance(target, DTensor):  # FSDP cuts the rows as torch.chunk does
+                mine, mesh = target.to_local(), target.device_mesh
+                start = -(-len(value) // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1)
+                value = value[start : start + len(mine)]
+            mine.copy_(value)
+
+
+def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of the model -> those of one without adapters: the products are added in fp32, then rounded."""
+    merged = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    for key, adapter in getattr(model, "lora", {}).items() if state else ():  # rank 0 alone has it
+        name = key.replace("/", ".") + ".weight"
+        product = adapter.scale * state[f"{PREFIX}{key}.B"] @ state[f"{PREFIX}{key}.A"]
+        weight = merged[name]
+        merged[name] = (weight.float() + (product.T if adapter.transposed else product)).to(weight.dtype)
+    return merged

@@ -1,0 +1,126 @@
+"""Low-rank adapters: against a slow reference, on any number of processes, resumed, merged.
+
+Run: pytest tests/test_lora.py. Needs no network and no GPU.
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, make_comparisons, read_metrics, refusal, write_jsonl
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import train
+from minirm.freeze import freeze_bottom_layers
+from minirm.lora import PREFIX, Adapter, add_lora, init_lora, merge
+from minirm.model import RewardModel
+
+
+def plain(family):
+    torch.manual_seed(0)
+    config = CONFIGS[family](100)
+    config.update({"pad_token_id": None})
+    return RewardModel(AutoModel.from_config(config, dtype=torch.float32)).eval()
+
+
+def adapted(family, rank=4, alpha=8.0, ratio=0.5):
+    """A model with random adapters, B as well."""
+    model = plain(family)
+    add_lora(model, rank, alpha, freeze_bottom_layers(model, ratio))
+    init_lora(model, 0)
+    for adapter in model.lora.values():
+        nn.init.normal_(adapter.B, std=0.2)
+    return model
+
+
+def test_value_and_gradient_of_an_adapter_are_those_of_a_slow_reference():
+    """y_o = sum_i W_oi x_i + alpha / r sum_k B_ok sum_i A_ki x_i; of sum_o g_o y_o the gradients follow by hand."""
+    torch.manual_seed(0)
+    linear, adapter = nn.Linear(3, 5, bias=False), Adapter(3, 5, 2, 1.5, transposed=False)
+    nn.init.normal_(adapter.A), nn.init.normal_(adapter.B)
+    linear.register_forward_hook(adapter.hook)
+    x, g = torch.randn(3), torch.randn(5)
+    y = linear(x)
+    (y * g).sum().backward()
+    W, A, B = linear.weight.tolist(), adapter.A.tolist(), adapter.B.tolist()
+    Ax = [sum(A[k][i] * x[i].item() for i in range(3)) for k in range(2)]
+    for o in range(5):
+        wanted = sum(W[o][i] * x[i].item() for i in range(3)) + 1.5 * sum(B[o][k] * Ax[k] for k in range(2))
+        assert y[o].item() == pytest.approx(wanted, abs=1e-5)
+        assert adapter.B.grad[o].tolist() == pytest.approx([1.5 * g[o].item() * Ax[k] for k in range(2)], abs=1e-5)
+    for k in range(2):
+        gB = sum(g[o].item() * B[o][k] for o in range(5))
+        assert adapter.A.grad[k].tolist() == pytest.approx([1.5 * gB * x[i].item() for i in range(3)], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_merged_rewards_are_the_adapted_ones_and_every_adapter_learns(family):
+    """Two of four blocks. A module that uses its weight without being called would leave its adapter without a gradient."""
+    model, ids = adapted(family), torch.arange(24).view(2, 12)
+    rewards = model(ids)
+    rewards.sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name in model.state_dict() if name.startswith(PREFIX)} | {"score.weight"}
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    other = plain(family)
+    other.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith(PREFIX)})
+    assert (other(ids) - rewards).abs().max() > 1e-3
+    other.load_state_dict(merge(model, model.state_dict()))
+    torch.testing.assert_close(other(ids), rewards.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_adapted_is_refused():
+    model = plain("llama")
+    frozen = freeze_bottom_layers(model, 0.5)
+    first, last = model.trunk.layers[2].mlp, model.trunk.layers[3].mlp
+    first.up_proj.weight = last.up_proj.weight
+    with pytest.raises(ValueError, match="shares its weight"):
+        add_lora(model, 4, 8, frozen)
+    with pytest.raises(ValueError, match="no linear layers"):
+        add_lora(model, 4, 8, freeze_bottom_layers(model, 1))
+    assert "--train_embeddings does not go" in refusal(train.parse_args, ["--lora_rank", "4", "--train_embeddings"])
+    assert "--lora_alpha must be positive" in refusal(train.parse_args, ["--lora_rank", "4", "--lora_alpha", "0"])
+
+
+def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, model_folder, tmp_path):
+    """1 = 2 = 2 x 2; with the cache and with gradients checkpointed; resumed to the bit; a checkpoint has 12 bytes a number."""
+    data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
+    held_out = write_jsonl(tmp_path / "eval.jsonl", make_comparisons(4, seed=1))
+
+    def run(name, *flags, world=1, steps=4, patch=""):
+        given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", held_out, "--lora_rank", 4]
+        given += ["--output_dir", tmp_path / name, "--max_length", 64, "--learning_rate", 1e-2, "--warmup_steps", 0]
+        given += ["--freeze_ratio", 0.5, "--gradient_accumulation_steps", 4 // world, "--logging_steps", 1]
+        done = server.run(*given, "--max_steps", steps, "--keep", "last", *flags, world=world, patch=patch)
+        assert done.codes == [0] * world, done.text()[-3000:]
+        return [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
+
+    sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0)"
+    wanted = run("one")
+    assert len(wanted) == 4 and wanted[0] != wanted[3]
+    assert run("two", world=2) == pytest.approx(wanted, abs=1e-5)
+    assert run("sharded", world=2, patch=sharded) == pytest.approx(wanted, abs=1e-5)
+    assert run("hybrid", "--shard_size", 2, world=4) == pytest.approx(wanted, abs=1e-5)
+    cached = run("cached", "--cache_trunk", tmp_path / "cache", "--gradient_checkpointing")
+    assert cached == pytest.approx(wanted, abs=1e-5)
+    run("resumed", steps=2)
+    assert run("resumed") == wanted
+    one, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "resumed"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in one.items())
+    base = load_file(model_folder("llama") / "model.safetensors")
+    changed = {n for n, t in one.items() if n in base and not torch.equal(t[: len(base[n])], base[n])}
+    assert len(changed) == 2 * 7 and all(n.startswith(("model.layers.2.", "model.layers.3.")) for n in changed)
+    [path] = (tmp_path / "one" / "checkpoint-4").glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        sizes = [file.get_tensor(key).numel() for key in file.keys() if not key.endswith(".step")]  # noqa: SIM118
+    # A layer: q, o 32 + 32; k, v 32 + 16; gate, up, down 32 + 64: 512 x rank 4 / layer; the head 32.
+    assert 4 * sum(sizes) == 12 * (2 * 4 * (2 * 64 + 2 * 48 + 3 * 96) + 32)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    row = [row for row in read_metrics(tmp_path / "one") if "eval_loss" in row][-1]
+    assert loaded.config.mean == pytest.approx(row["eval_reward_mean"])
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
