@@ -15,6 +15,6 @@ setup(
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        "bench": ["trl>=1.0", "matplotlib"],
+        "bench": ["trl>=1.0", "peft", "matplotlib"],
     },
 )

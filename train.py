@@ -30,12 +30,12 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
 from minirm.data.prepare import Prepared, prepare, totals
-from minirm.data.schemas import column
+from minirm.data.schemas import column, renames
 from minirm.errors import InputError, Parser, Stop, disk_full_line, disk_is_full, one_line, printable, refusing
 from minirm.estimate import show_plan
 from minirm.files import as_json
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
-from minirm.lora import add_lora, init_lora, merge
+from minirm.lora import add_lora, init_lora, merge, save_adapter
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.model import RewardModel, check_fit, empty_model, load_config
 from minirm.plan import make_plan
@@ -222,7 +222,7 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
             add_lora(model, args.lora_rank, args.lora_alpha, frozen)
         data = prepare(
             tokenizer, args.train_data, args.eval_data, eval_fraction=args.eval_fraction, separator=args.separator,
-            max_length=args.max_length, overlong=args.overlong, seed=args.seed, columns=dict(args.columns),
+            max_length=args.max_length, overlong=args.overlong, seed=args.seed, columns=renames(args.columns),
         )  # fmt: skip
         check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
     # Shared rows are used only if they give identical results: a small model of the same kind decides.
@@ -445,7 +445,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     with torch.no_grad():
         for name, copy in kept.items():
             trained[name].copy_(copy)
-    state = merge(model, shard.gather(model, dtype))
+    gathered = shard.gather(model, dtype)
+    state = merge(model, gathered)
 
     def write_model() -> None:
         notes: dict = {"minirm": {"separator": args.separator, "max_length": args.max_length}}  # for minirm.score
@@ -458,6 +459,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
                 print(f"no curves.png: {one_line(error)}")
             with checkpoint.whole_model(output) as folder:
                 export(state, inputs.config, tokenizer, folder, notes)
+                if args.lora_rank:
+                    save_adapter(model, gathered, args.model, folder / "adapter")
                 (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
             run.finish(output, total_steps)
 

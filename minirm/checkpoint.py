@@ -150,12 +150,13 @@ def whole_model(output: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             to_disk(path)
         (output / "config.json").unlink(missing_ok=True)
         to_disk(output)
         for path in output.glob("model*.safetensors*"):  # another number of shards has other names
             path.unlink()
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # a folder is not replaced by another
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, output / path.name)
             to_disk(output)

@@ -4,10 +4,13 @@ The adapters live beside the trunk, in `model.lora`, and reach its linear layers
 trunk changes, and FSDP gathers and reduces all of them together with the head, in fp32: no collective per matrix.
 """
 
+import json
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -87,3 +90,29 @@ def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = merged[name]
         merged[name] = (weight.float() + (product.T if adapter.transposed else product)).to(weight.dtype)
     return merged
+
+
+def save_adapter(model: nn.Module, state: dict[str, Tensor], base: str, folder: Path) -> None:
+    """Write adapters and head as `peft` does, for `PeftModel.from_pretrained(base model with one label, folder)`.
+
+    state: whole tensors by the names of RewardModel, adapters among them; base: name or folder of the base model.
+    """
+    prefix = f"{model.trunk.base_model_prefix}."
+    names = {key: key.replace("/", ".").replace("trunk.", prefix, 1) for key in model.lora}
+    tensors = {
+        f"base_model.model.{names[key]}.lora_{side}.weight": state[f"{PREFIX}{key}.{side}"]
+        for key in names
+        for side in "AB"
+    }
+    tensors["base_model.model.score.weight"] = state["score.weight"]
+    folder.mkdir()
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    adapter = next(iter(model.lora.values()))
+    about = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
+        "r": len(adapter.A), "lora_alpha": adapter.scale * len(adapter.A), "lora_dropout": 0.0, "fan_in_fan_out": adapter.transposed,
+        "target_modules": list(names.values()), "modules_to_save": ["score"],
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")

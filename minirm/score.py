@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import set_chat_template, unescaped
 from minirm.data.prepare import Texts, by_prompt, store
-from minirm.data.schemas import column
+from minirm.data.schemas import column, renames
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> dict:
         set_chat_template(tokenizer, args.chat_template)
 
     with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
-        texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all", dict(args.columns))
+        texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all", renames(args.columns))
         if not len(texts.rows):
             raise InputError(f"{', '.join(args.data)}: no rows")
         sizes = torch.tensor(pc.list_value_length(texts.rows.data.column("texts")).to_numpy()).long()  # [N] completions

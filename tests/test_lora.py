@@ -124,3 +124,35 @@ def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, mo
     assert json.loads((tmp_path / "one" / "config.json").read_text())["architectures"] == [
         "LlamaForSequenceClassification"
     ]
+    assert sorted(path.name for path in (tmp_path / "one" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_loads_the_adapter_folder_on_the_base_and_gives_the_same_rewards(server, model_folder, tmp_path, family):
+    peft = pytest.importorskip("peft")
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    flags = [
+        "--model",
+        model_folder(family),
+        "--train_data",
+        data,
+        "--eval_data",
+        data,
+        "--lora_rank",
+        4,
+        "--max_steps",
+        2,
+    ]
+    flags += ["--output_dir", tmp_path / "out", "--max_length", 64, "--learning_rate", 1e-2, "--warmup_steps", 0]
+    run = server.run(*flags, "--keep", "last", "--save_steps", 0)
+    assert run.codes == [0], run.text()[-3000:]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder(family), num_labels=1)
+    base.config.pad_token_id = merged.config.pad_token_id  # a token that the texts do not have
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, merged(ids).logits, atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ from conftest import make_tokenizer, refusal, write_jsonl
 
 from minirm.data.chat import join
 from minirm.data.prepare import prepare, prompt_key, read_texts
-from minirm.data.schemas import Example, column, describe, recognise, to_example
+from minirm.data.schemas import Example, column, describe, recognise, renames, to_example
 
 # One token a character; a turn is [U...] or [A...], and no end token.
 CHAT = "{% for m in messages %}[{{ m.role[0].upper() }}{{ m.content }}]{% endfor %}"
@@ -545,7 +545,7 @@ def read_all(tmp_path, rows, tokenizer=None, keep="worth", columns=None):
 
 def test_columns_reach_into_objects_and_their_names_come_first(tmp_path):
     row = {"data": {"q.full": ASK}, "response_j": GOOD, "response_k": BAD, "note": "a text"}
-    columns = dict(map(column, ["prompt=data.q.full", "chosen=response_j", "rejected=response_k"]))
+    columns = renames([column(word) for word in ("prompt=data.q.full", "chosen=response_j", "rejected=response_k")])
     assert "no column 'data.q.full'" in refusal(read_all, tmp_path, [row], columns=columns)
     row = row | {"data": {"q": {"full": ASK}}}
     (found,), report = read_all(tmp_path, [row], columns=columns)

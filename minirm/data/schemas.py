@@ -51,14 +51,19 @@ class Schema(NamedTuple):
     prompt: str = ""  # the column, or two, that are read as the prompt, which has another name
 
 
-def column(text: str) -> tuple[str, str]:
-    """("prompt", "question") of prompt=question, one word of --columns. Raises InputError for anything else."""
+def column(text: str) -> str:
+    """One word of --columns, prompt=question, as it is. Raises InputError for anything else."""
     name, _, path = text.partition("=")
     if name not in NAMES or not path:
         raise InputError(
             f"--columns {text}: expected NAME=COLUMN with one of {', '.join(NAMES)}, as in prompt=question"
         )
-    return name, path
+    return text
+
+
+def renames(words: list[str]) -> dict[str, str]:
+    """{"prompt": "question"} of the words of --columns."""
+    return dict(word.split("=", 1) for word in words)
 
 
 def rename(row: dict, columns: dict[str, str]) -> dict:
