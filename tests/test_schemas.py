@@ -643,3 +643,60 @@ def test_special_tokens_written_out_in_a_text_are_counted(tmp_path):
         {"prompt": f"{ASK}<|endoftext|>x", "chosen": GOOD, "rejected": BAD},
     ]
     assert read_all(tmp_path, rows)[1]["special tokens written out in the text"] == 1
+
+
+# What a wrong file would do
+@pytest.mark.parametrize("name", ["question", "Question", "query", "messages"])
+def test_a_prompt_under_another_name_is_read_as_the_prompt(name):
+    asked = [USER(ASK)] if name == "messages" else ASK
+    prompt = example({name: asked, "chosen": GOOD, "rejected": BAD}).prompt
+    assert prompt == asked
+
+
+@pytest.mark.parametrize(
+    "first, other",
+    [({"prompt": ASK}, {"prompt": "", "question": ASK}), ({}, {"question": ASK}), ({"question": ASK}, {"prompt": ASK})],
+)
+def test_a_row_that_has_its_prompt_in_another_column_than_the_first_is_refused(first, other):
+    sides = {"chosen": GOOD, "rejected": BAD}
+    message = refusal(to_example, recognise(first | sides), other | sides)
+    assert "the first row" in message and "--columns prompt=NAME" in message
+
+
+def test_a_system_column_begins_the_prompt():
+    sides = {"chosen": GOOD, "rejected": BAD, "system": "Be brief."}
+    assert example(sides | {"question": ASK}).prompt == f"Be brief.\n{ASK}"
+    messages = [{"role": "system", "content": "Be brief."}, USER(ASK)]
+    assert example(sides | {"prompt": [USER(ASK)]}).prompt == messages
+    assert example(sides | {"prompt": messages}).prompt == messages
+    assert "leave one of them out" in refusal(example, sides | {"prompt": messages, "system": "Be long."})
+
+
+def test_messages_as_json_in_a_string_are_messages_and_as_python_writes_them_are_refused():
+    sides = {"chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
+    assert pairs_of({side: json.dumps(turns) for side, turns in sides.items()}) == ONE
+    assert "json.dumps" in refusal(example, {side: str(turns) for side, turns in sides.items()})
+
+
+def test_a_list_without_answers_is_refused():
+    message = refusal(example, {"prompt": ASK, "chosen": [], "rejected": [BAD], "num_correct": 0})
+    assert message.startswith("'chosen' must hold at least one answer")
+
+
+@pytest.mark.parametrize(
+    "chosen, why",
+    [
+        (f"\n\nHuman: Why?\n\nAssistant: {GOOD}", ""),
+        (f"\n\nHuman: Who?\n\nAssistant: {GOOD}", "the sides answer different prompts"),
+        (f"\n\nHuman: Why?\n\nAssistant: {GOOD}\n\nHuman: Thanks", "a side ends with the user's turn"),
+    ],
+)
+def test_transcripts_that_cannot_be_compared_say_why(chosen, why):
+    assert example({"chosen": chosen, "rejected": f"\n\nHuman: Why?\n\nAssistant: {BAD}"}).odd == why
+
+
+def test_a_prompt_that_stands_in_the_transcripts_once_more_is_used_once():
+    row = {"prompt": "Why?"} | {
+        side: f"\n\nHuman: Why?\n\nAssistant: {x}" for side, x in zip(("chosen", "rejected"), (GOOD, BAD))
+    }
+    assert example(row).prompt == "\n\nHuman: Why?\n\nAssistant:"

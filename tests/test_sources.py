@@ -281,3 +281,31 @@ def test_an_amount_takes_the_first_rows_or_a_share_and_reads_no_further(tmp_path
         assert "a share of them, @0.5" in refusal(read_rows, f"{path}{wrong}")
     write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # a file of that name is that file, and has no known type
     assert "neither a .jsonl" in refusal(fingerprint, f"{tmp_path}/odd.jsonl@2")
+
+
+def test_a_split_of_a_file_that_has_none_is_refused(tmp_path):
+    for kind in ("jsonl", "json lines", "json array", "csv", "parquet"):
+        path = write_as(kind, tmp_path, ROWS)
+        assert refusal(rows_of, f"{path}:test") == f"{path}:test: the file has no splits; type {path}"
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert "without splits" in refusal(rows_of, f"{tmp_path}/saved:test")
+
+
+def test_hidden_files_of_a_folder_are_not_data(tmp_path):
+    for name in ("a.jsonl", ".b.jsonl", ".cache/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, ROWS)
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_an_object_whose_messages_are_a_list_is_one_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}], "rejected_response": "b"}
+    (tmp_path / "x.json").write_text(json.dumps(row, indent=1))
+    assert rows_of(tmp_path / "x.json") == [row]
+    (tmp_path / "x.json").write_text(json.dumps({"data": [row], "version": 1}))
+    assert rows_of(tmp_path / "x.json") == [row]
+
+
+def test_a_broken_line_of_a_json_file_with_an_object_a_line_is_named(tmp_path):
+    (tmp_path / "x.json").write_text(f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}\n")
+    assert refusal(rows_of, tmp_path / "x.json").startswith(f"{tmp_path}/x.json:3: not JSON (")

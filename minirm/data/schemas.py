@@ -7,6 +7,7 @@ schema knows is named on the command line: --columns prompt=question chosen=resp
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,10 @@ NAMES = (
     "score",
     "system",
 )
-PROMPTS = ("question", "instruction", "query", "context", "history", "post", "problem", "user_prompt", "task", "input")
+PROMPTS = (
+    "question", "instruction", "query", "context", "history", "post", "problem", "user_prompt", "task", "input", "messages",
+    "conversation", "conversations",
+)  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -113,8 +117,12 @@ def _prompt_column(schema: Schema, row: dict) -> str:
         return ""  # conversations hold their prompt
     if schema.read is chosen_rejected and _is_transcript(row):
         return ""
-    found = [name for name in PROMPTS if isinstance(row.get(name), (str, list)) and row[name]]
-    if found == ["instruction", "input"] or (found == ["instruction"] and "input" in row):
+    found = [
+        name
+        for name in row
+        if str(name).lower() in ("prompt", *PROMPTS) and isinstance(row[name], (str, list)) and row[name]
+    ]
+    if sorted(found) == ["input", "instruction"] or (found == ["instruction"] and "input" in row):
         return "instruction input"
     if len(found) > 1:
         raise InputError(
@@ -131,13 +139,36 @@ def to_example(schema: Schema, row: dict) -> Example:
     if schema.prompt:
         parts = [row.get(name) for name in schema.prompt.split()]
         if row.get("prompt"):
-            raise InputError(f"a prompt in 'prompt' as well as in '{schema.prompt.split()[0]}'; leave one of them out")
+            raise InputError(
+                f"a prompt in 'prompt' as well as in '{schema.prompt.split()[0]}', which the first row has; type --columns "
+                "prompt=NAME for the column that has it in every row"
+            )
         texts = [part for part in parts if part]
         row = row | {
             "prompt": texts[0] if len(texts) == 1 else "\n".join(_string(text, schema.prompt) for text in texts)
         }
-    example = schema.read(row)
+    elif other := _prompt_column(schema, row):
+        raise InputError(
+            f"no prompt but {' and '.join(map(repr, other.split()))}, unlike the first row; put the prompt of every row into "
+            "one column, or type --columns prompt=NAME for the column that has it in every row"
+        )
+    example = _with_system(schema.read(row), row.get("system"))
     return example if row.get("subset") is None else example._replace(subset=_string(str(row["subset"]), "subset"))
+
+
+def _with_system(example: Example, system: Any) -> Example:
+    """An instruction in a column of its own begins the prompt, as a message or as text."""
+    prompt = example.prompt
+    if system in (None, ""):
+        return example
+    if isinstance(prompt, str):
+        between = "" if prompt[:1].isspace() else "\n"
+        return example._replace(prompt=_string(system, "system") + between + prompt)
+    if any(message["role"] == "system" for message in prompt):
+        if prompt[0]["content"].strip() == _string(system, "system").strip():
+            return example
+        raise InputError("'system' is another text than the system message in the conversation; leave one of them out")
+    return example._replace(prompt=[{"role": "system", "content": _string(system, "system")}, *prompt])
 
 
 def describe(schema: Schema, row: dict) -> str:
@@ -145,14 +176,16 @@ def describe(schema: Schema, row: dict) -> str:
     if schema.read is chosen_rejected:
         if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
             return "answers in lists"
-        kind = "transcripts" if _is_transcript(row) else "texts" if isinstance(row["chosen"], str) else "messages"
+        kind = (
+            "transcripts" if _is_transcript(row) else "texts" if isinstance(_text(row, "chosen"), str) else "messages"
+        )
         return f"{kind} in chosen and rejected"
     return f"{schema.name} by {schema.columns.split()[-1]}" if schema.read is safe_rlhf else schema.name
 
 
 def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
     """(columns that are read, columns of text that are not) of the first row."""
-    known = {*schema.columns.split(), *schema.optional.split(), *schema.prompt.split(), "subset"}
+    known = {*schema.columns.split(), *schema.optional.split(), *schema.prompt.split(), "subset", "system"}
     used = [name for name in row if name in known and row[name] is not None]
     text = lambda value: isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict))
     return used, [name for name, value in row.items() if name not in known and value and text(value)]
@@ -174,7 +207,12 @@ def chosen_rejected(row: dict) -> Example:
     # Whole transcripts (hh-rlhf) are split at the last turn of the assistant that begins before the two sides part.
     part = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     end = chosen.rfind(TURN, 0, part) + len(TURN) if TURN in chosen[:part] else 0
-    return _comparison(chosen[:end], [chosen[end:], rejected[end:]], margin)._replace(separator="")
+    sides = [chosen[end:], rejected[end:]]
+    asked = [re.findall(r"(?:^|\n\n)Human:(.*?)(?=\n\nAssistant:|$)", side, re.DOTALL) for side in sides]
+    odd = ODD_PROMPTS if asked[0] != asked[1] else ""
+    if any("\n\nHuman:" in side and TURN not in side[side.rfind("\n\nHuman:") :] for side in sides):
+        odd = ODD_END
+    return _comparison(chosen[:end], sides, margin)._replace(separator="", odd=odd)
 
 
 def summarize_from_feedback(row: dict) -> Example:
@@ -233,6 +271,8 @@ def arena(row: dict) -> Example:
 def answer_lists(row: dict) -> Example:
     """RewardBench 2, RM-Bench: every answer in `chosen` is better than every one in `rejected`."""
     sides = {side: row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")}
+    if empty := [side for side, texts in sides.items() if not texts]:
+        raise InputError(f"'{empty[0]}' must hold at least one answer, got an empty list; leave the row out")
     texts = [_string(text, side) for side, of_side in sides.items() for text in of_side]
     good = len(sides["chosen"])
     pairs = [(c, r, 0.0) for c in range(good) for r in range(good, len(texts))]
@@ -402,7 +442,7 @@ SCHEMAS = [
     Schema("UltraFeedback", "instruction completions", ultrafeedback, ""),
     Schema("WebGPT", "question answer_0 answer_1 score_0 score_1", web_gpt, ""),
     Schema("responses with a preference", "response_a response_b preference", preferred),
-    Schema("stepwise supervision", "prompt completions labels", stepwise, ""),
+    Schema("stepwise supervision", "prompt completions labels|label", stepwise, ""),
     Schema("answers with a score", "prompt response|completion score|label|rating", point_wise, ""),
 ]  # fmt: skip
 
@@ -410,11 +450,13 @@ SCHEMAS = [
 # ---------------------------------------------------------------------------------------------------------------------
 # What they have in common
 TURN = "\n\nAssistant:"
+ODD_END, ODD_PROMPTS = "a side ends with the user's turn", "the sides answer different prompts"
 
 
 def _is_transcript(row: dict) -> bool:
-    return not row.get("prompt") and all(
-        isinstance(side, str) and side.lstrip().startswith("Human:") and TURN in side
+    prompt = row.get("prompt") or ""  # some files give the question once more
+    return isinstance(prompt, str) and all(
+        isinstance(side, str) and side.lstrip().startswith("Human:") and TURN in side and prompt.strip() in side
         for side in (row["chosen"], row["rejected"])
     )
 
@@ -447,9 +489,9 @@ def _conversation(example: Example) -> Example:
     asked = [[m for m in side if m["role"] in ("user", "system")] for side in rest]
     odd = ""
     if any(side[-1]["role"] == "user" for side in rest):
-        odd = "a side ends with the user's turn"
+        odd = ODD_END
     elif any(other != asked[0] for other in asked):
-        odd = "the sides answer different prompts"
+        odd = ODD_PROMPTS
     return example._replace(prompt=shared, completions=rest, odd=odd)
 
 
@@ -463,6 +505,12 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
     value = row.get(column)
     if value is None and optional:
         return ""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value):
+        text, value = value, _list(row, column)
+        if value is text:
+            raise InputError(
+                f"'{column}' looks like messages, but is not JSON; write them with json.dumps, got {shown(text)}"
+            )
     if not isinstance(value, list):
         return _string(value, column)
     if not value or not all(isinstance(message, dict) for message in value):

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,11 @@ def files_of(source: Source) -> list[str] | None:
             return None
         if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # harmless-base, and its like
             folder = folder / source.parts[0]
-        found = [str(path) for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name)]
+        found = [
+            str(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and kind_of(path.name) and not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())
+        ]
         found = of_split(source, found, folder)
     elif kind_of(place):
         return [place]
@@ -139,6 +144,8 @@ def _all_rows(source: Source) -> Iterator[tuple[str, Any]]:
     if files is None:
         yield from _numbered(source.typed, _load(source))
     for file in files or ():
+        if kind_of(file) != ".json":
+            _no_splits(source, file)
         if kind_of(file) == ".parquet":
             yield from _numbered(file, _read_parquet(file))
         else:
@@ -205,36 +212,39 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
                 )
             yield f"{file}:{reader.line_num}", row
     except csv.Error as error:  # where the row begins: the line behind the last good row
-        raise InputError(f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error})") from None
+        raise InputError(
+            f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
+        ) from None
 
 
 def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
-    opened = opened if opened.seekable() else io.StringIO(opened.read())
-    start = opened.read(1)
-    while start.isspace():
-        start = opened.read(1)
-    opened.seek(0)
-    if start == "{":  # an object a line, as in many .json files, or one object with the rows of every split
-        for line in opened:
-            if not line.isspace():
-                break
+    head: list[str] = []  # up to the first line that says something; a .zst file cannot be read twice
+    while (not head or head[-1].isspace()) and (line := opened.readline()):
+        head.append(line)
+    first = head[-1].lstrip() if head else ""
+    one_a_line = not first.startswith("[")
+    if first.startswith("{"):  # as in many .json files; or one object over several lines with the rows of every split
         try:
-            json.loads(line)
-            opened.seek(0)
-            yield from _read_json_lines(file, opened, source)
-            return
+            json.loads(first)
         except (ValueError, RecursionError):
-            opened.seek(0)
-    elif start != "[":
-        yield from _read_json_lines(file, opened, source)
+            one_a_line = False
+    if one_a_line:
+        yield from _read_json_lines(file, chain(head, opened), source)
         return
-    text = opened.read()
+    text = "".join(head) + opened.read()
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
         raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
+    if isinstance(rows, list):
+        _no_splits(source, file)
     rows = _split_of(rows, file, source) if isinstance(rows, dict) else rows
     yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _no_splits(source: Source, file: str) -> None:
+    if source.parts and kind_of(source.place):  # of a folder, the parts name its files
+        raise InputError(f"{source.typed}: the file has no splits; type {file}")
 
 
 def _split_of(whole: dict, file: str, source: Source) -> list:
@@ -242,7 +252,11 @@ def _split_of(whole: dict, file: str, source: Source) -> list:
     lists = {
         name: rows for name, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
     }
+    if len(lists) < len(whole):  # messages and answers are lists of objects too
+        known = re.compile(rf"(data|rows|examples|{SPLITS})([-_].*)?")
+        lists = {name: rows for name, rows in lists.items() if known.fullmatch(name) or name in source.parts}
     if {"chosen", "rejected"} & whole.keys() or not lists:
+        _no_splits(source, file)
         return [whole]
     wanted = source.parts[-1] if source.parts else "train" if "train" in lists and len(lists) > 1 else min(lists)
     if wanted not in lists or (not source.parts and len(lists) > 1 and wanted != "train"):
@@ -283,6 +297,8 @@ def _load(source: Source) -> datasets.Dataset:
         with refusing(f"{source.typed}: a folder of save_to_disk that cannot be loaded"):
             loaded = datasets.load_from_disk(source.place)
         if isinstance(loaded, datasets.Dataset):
+            if source.parts:
+                raise InputError(f"{source.typed}: the folder holds one dataset without splits; type {source.place}")
             return loaded
         if split not in loaded:
             raise InputError(
