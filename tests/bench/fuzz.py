@@ -1,15 +1,19 @@
 """Data files as they should not be, and what minirm makes of them: `python tests/bench/fuzz.py --files 2000`.
 
-Every file is a good one (JSON lines, JSON, CSV, Parquet) with one to three things done to it: broken UTF-8, nulls and
-nested nulls, wrong types, huge lines, control characters, nothing at all, columns twice, bytes flipped, cut short.
+Every file is a good one (JSON lines, JSON, CSV, TSV, Parquet, one in four of them compressed) with one to three things
+done to it: broken UTF-8, nulls and nested nulls, wrong types, huge lines, control characters, nothing at all, columns
+twice, bytes flipped, cut short, before it is compressed or after.
 `prepare` has to refuse each in one line that names the file, or to account for each of its rows.
 """
 
 import argparse
+import bz2
 import collections
 import csv
+import gzip
 import io
 import json
+import lzma
 import random
 import signal
 import sys
@@ -48,6 +52,10 @@ def turn(role: str, text: str) -> dict:
     return {"role": role, "content": text}
 
 
+def said(who: str, text: str) -> dict:
+    return {"from": who, "value": text}
+
+
 SHAPES = [
     dict,
     dict,
@@ -63,7 +71,33 @@ SHAPES = [
         "conversation_a": json.dumps([turn("user", row["prompt"]), turn("assistant", row["chosen"])]),
         "conversation_b": json.dumps([turn("user", row["prompt"]), turn("assistant", row["rejected"])]), "winner": "model_a",
     },
+    lambda row: {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]},
+    lambda row: {"instruction": row["prompt"], "input": "", "chosen": row["chosen"], "rejected": row["rejected"]},
+    lambda row: {"id": "1", "prompt": row["prompt"], "chosen": [row["chosen"]], "rejected": [row["rejected"]], "num_correct": 1},
+    lambda row: {"question": row["prompt"], "response_A": row["rejected"], "response_B": row["chosen"], "label": "B>A"},
+    lambda row: {"input": row["prompt"], "output_1": row["rejected"], "output_2": row["chosen"], "label": 2},
+    lambda row: {"conversations": [said("human", row["prompt"])]} | {side: said("gpt", row[side]) for side in SIDES},
+    lambda row: {
+        "messages": [turn("user", row["prompt"]), turn("assistant", row["chosen"])], "rejected_response": row["rejected"],
+    },
+    lambda row: {
+        "input": {"messages": [turn("user", row["prompt"])]}, "preferred_output": [turn("assistant", row["chosen"])],
+        "non_preferred_output": [turn("assistant", row["rejected"])],
+    },
+    lambda row: {
+        "prompt": row["prompt"], "answers": [{"answer": row["chosen"], "rank": 1}, {"answer": row["rejected"], "rank": 2}],
+    },
+    lambda row: {
+        "instruction": row["prompt"],
+        "completions": [{"response": row[side], "overall_score": score} for side, score in zip(SIDES, (8.0, 3.5))],
+    },
+    lambda row: {
+        "question": {"full_text": row["prompt"]}, "answer_0": row["rejected"], "answer_1": row["chosen"], "score_0": -0.5,
+        "score_1": 0.5,
+    },
+    lambda row: {"prompt": row["prompt"], "response_a": row["chosen"], "response_b": row["rejected"], "preference": "a"},
 ]  # fmt: skip
+SIDES = ("chosen", "rejected")
 TRANSCRIPT = "\n\nHuman: {}\n\nAssistant: {}"
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
@@ -144,17 +178,22 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(flipped)
 
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+COMPRESSIONS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+
+
 def write(rows: list, suffix: str, rng: random.Random) -> bytes | None:
     """The rows as a file; None if the format cannot hold them."""
     try:
         if suffix == ".jsonl":
             return "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows).encode()
         if suffix == ".json":
-            return json.dumps(rows, indent=rng.choice([None, 1])).encode()
-        if suffix == ".csv":
+            whole = {rng.choice(["data", "train"]): rows} if rng.random() < 0.2 else rows
+            return json.dumps(whole, indent=rng.choice([None, 1])).encode()
+        if suffix in DELIMITERS:
             text = io.StringIO(newline="")
             names = list(dict.fromkeys(key for row in rows for key in row))
-            writer = csv.DictWriter(text, names)
+            writer = csv.DictWriter(text, names, delimiter=DELIMITERS[suffix])
             writer.writeheader()
             writer.writerows(rows)
             return text.getvalue().encode()
@@ -168,7 +207,8 @@ def write(rows: list, suffix: str, rng: random.Random) -> bytes | None:
 def make_file(folder: Path, seed: int) -> Path:
     """A broken file, the same for the same seed."""
     rng = random.Random(seed)
-    suffix = rng.choice([".jsonl", ".jsonl", ".json", ".csv", ".parquet"])
+    suffix = rng.choice([".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+    packed = rng.choice(list(COMPRESSIONS)) if rng.random() < 0.25 else ""
     while True:
         rows = good_rows(rng)
         for _ in range(rng.randint(0, 2)):
@@ -176,22 +216,38 @@ def make_file(folder: Path, seed: int) -> Path:
         data = write(rows, suffix, rng)
         if data is not None:
             break
+    packed_first = rng.random() < 0.5
+    if packed and packed_first:
+        data = COMPRESSIONS[packed].compress(data)
     for _ in range(rng.randint(0 if rng.random() < 0.5 else 1, 1)):
         data = change_bytes(data, rng)
-    path = folder / f"{seed}{suffix}"
+    if packed and not packed_first:
+        data = COMPRESSIONS[packed].compress(data)
+    path = folder / f"{seed}{suffix}{packed}"
     path.write_bytes(data)
     return path
 
 
-def rows_in(path: Path) -> int | None:
-    """How many rows the file holds, found another way than minirm does; None for Parquet, which says so itself."""
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_metadata(path).num_rows
-    text = path.read_bytes().decode("utf-8-sig")
-    if path.suffix == ".csv":
-        return sum(1 for row in csv.reader(io.StringIO(text, newline="")) if row) - 1
+def unpacked(path: Path) -> tuple[str, bytes]:
+    """(suffix, bytes) of a file without its compression."""
+    data = path.read_bytes()
+    if path.suffix in COMPRESSIONS:
+        return path.with_suffix("").suffix, COMPRESSIONS[path.suffix].decompress(data)
+    return path.suffix, data
+
+
+def rows_in(path: Path) -> int:
+    """How many rows the file holds, found another way than minirm does."""
+    suffix, data = unpacked(path)
+    if suffix == ".parquet":
+        return pyarrow.parquet.read_metadata(io.BytesIO(data)).num_rows
+    text = data.decode("utf-8-sig")
+    if suffix in DELIMITERS:
+        return sum(1 for row in csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[suffix]) if row) - 1
     try:
         rows = json.loads(text)
+        if isinstance(rows, dict) and suffix == ".json" and not {"chosen", "rejected"} & rows.keys():
+            rows = next((rows[name] for name in ("data", "train") if isinstance(rows.get(name), list)), rows)
         return len(rows) if isinstance(rows, list) else 1
     except ValueError:
         return len([line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()])
@@ -199,14 +255,15 @@ def rows_in(path: Path) -> int | None:
 
 def twice(path: Path) -> bool:
     """Whether a name stands twice in one object, or above two columns."""
-    if path.suffix == ".parquet":
+    suffix, data = unpacked(path)
+    if suffix == ".parquet":
         return False  # pyarrow refuses those itself
-    text = path.read_bytes().decode("utf-8-sig")
-    if path.suffix == ".csv":
-        names = next(csv.reader(io.StringIO(text, newline="")), [])
+    text = data.decode("utf-8-sig")
+    if suffix in DELIMITERS:
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[suffix]), [])
         return len(set(names)) < len(names)
     found = []
-    for part in [text] if path.suffix == ".json" else text.splitlines():
+    for part in [text] if suffix == ".json" else text.splitlines():
         try:
             json.loads(part, object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
         except ValueError:
@@ -262,7 +319,7 @@ def main() -> None:
         for seed in range(args.seed, args.seed + args.files):
             path = make_file(Path(folder), seed)
             try:
-                results[f"{path.suffix} {try_file(path, tokenizer, Path(folder) / 'cache')}"] += 1
+                results[f"{''.join(path.suffixes)} {try_file(path, tokenizer, Path(folder) / 'cache')}"] += 1
             except Exception as error:  # noqa: BLE001 - all that may go wrong is what is looked for
                 wrong.append(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}")
     print(f"{args.files} files, {time.monotonic() - start:.0f} s")
