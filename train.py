@@ -49,8 +49,9 @@ from minirm.report.trackers import open_trackers
 from minirm.rows import Batch, collate
 from minirm.signals import Watch, interrupted
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
-from minirm.weights import export, load_weights, stored_weights
+from minirm.weights import brings_head, export, load_weights, stored_weights
 
+HEAD_RATE = 10  # times --learning_rate: a new head has further to go than layers that are trained already
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
 
 
@@ -99,6 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--margin_scale", type=float, default=1.0, help="units of reward for a margin of 1 in the data; 0 ignores margins")
     add = parser.add_argument_group("optimization").add_argument
     add("--learning_rate", type=float, default=1e-5, help="peak learning rate")
+    add("--head_learning_rate", type=float, help=f"peak learning rate of the head (default: {HEAD_RATE} x --learning_rate for a new "
+        "head; --learning_rate itself for the head of a reward model, and with --loss trlx)")
     add("--warmup_steps", type=int, default=100, help="optimizer steps of warm-up; 0 disables it")
     add("--lr_scheduler_type", default="constant_with_warmup", help="a name as in transformers.get_scheduler",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -112,7 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=float, default=1.0, help="norm to which gradients are clipped; 0 disables clipping")
     add("--seed", type=int, default=0, help="random seed (data order, held-out split, head)")
     add = parser.add_argument_group("evaluation and logging").add_argument
-    add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations; 0: only at the start and the end")
+    add("--eval_steps", type=int, default=500, help="optimizer steps between evaluations, "
+        "the first ones after 1/10, 2/10 and 4/10 of that; 0: only at the start and the end")
     add("--logging_steps", type=int, default=10, help="optimizer steps between rows of metrics.jsonl; 0 disables them")
     add("--report_to", nargs="+", default=["none"], choices=["none", "tensorboard", "wandb"],
         help="also log the same metrics there")
@@ -147,14 +151,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("be positive", lambda value: 0 < value < math.inf,
          "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_length world_size device"),
         ("not be negative", lambda value: 0 <= value < math.inf,
-         """learning_rate warmup_steps weight_decay max_grad_norm eval_steps logging_steps save_steps save_total_limit
-         shard_size center_rewards_coefficient margin_scale profile lora_rank"""),
+         """learning_rate head_learning_rate warmup_steps weight_decay max_grad_norm eval_steps logging_steps save_steps
+         save_total_limit shard_size center_rewards_coefficient margin_scale profile lora_rank"""),
         ("lie in 0..1", lambda value: 0 <= value <= 1, "freeze_ratio"),
         ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),
     ):
         for name in names.split():
             value = getattr(args, name)
-            if not all(map(holds, value if isinstance(value, list) else [value])):
+            if value is not None and not all(map(holds, value if isinstance(value, list) else [value])):
                 raise InputError(f"--{name} must {what}, got {value}")
     # fmt: on
     if args.lora_alpha is None:
@@ -215,6 +219,9 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
     with shard.first_process_first(processes.patient):
         use_demo(args)
         config, tokenizer = load_config(args.model, args.chat_template)
+        if args.head_learning_rate is None:
+            like_the_rest = args.loss == "trlx" or brings_head(args.model)
+            args.head_learning_rate = args.learning_rate * (1 if like_the_rest else HEAD_RATE)
         model = empty_model(config)
         use_sdpa(model.trunk)
         with refusing(f"--model {args.model}: its layers cannot be frozen", ValueError):
@@ -240,8 +247,8 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
     shard.cast_frozen(model, dtype)
     shard.shard(model, processes.mesh, dtype, args.cpu_offload)
     with shard.first_process_first(processes.patient):  # in case there is something to fetch
-        read = stored_weights(args.model, config, model, args.seed)
-    load = partial(load_weights, args.model, config, args.seed)
+        read = stored_weights(args.model, config, model, args.seed, args.loss == "trlx")
+    load = partial(load_weights, args.model, config, args.seed, args.loss == "trlx")
     read = shard.fill(model, processes.device, args.cpu_offload, processes.patient, read, load)
     init_lora(model, args.seed)
     if not args.cache_trunk:
@@ -280,11 +287,18 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     if rank == 0:
         sample = plan_of(lengths["train"], pairs["train"])[:64]
         sample = [to_batch([data.train[g] for g in step.micro_steps[0][0]]) for step in sample]
-        print(start_report(args, data, tokenizer, model, inputs.frozen, inputs.layout, inputs.not_shared, sample))
+        print(
+            start_report(
+                args, data, tokenizer, model, inputs.frozen, inputs.layout, inputs.not_shared, sample, total_steps
+            )
+        )
     cache = load_model(args, inputs, processes)
     # Collect the sharded parameters now: after a forward pass FSDP may have swapped in unsharded copies.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), args.learning_rate, (0.9, 0.999), weight_decay=args.weight_decay)
+    head = trained["score.weight"]
+    rates = [([p for p in trained.values() if p is not head], args.learning_rate), ([head], args.head_learning_rate)]
+    by_rate = [{"params": parameters, "lr": rate} for parameters, rate in rates]
+    optimizer = torch.optim.AdamW(by_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     home = "cpu" if args.cpu_offload else device.type  # where gradients lie after backward
     scaler = torch.amp.GradScaler(home, enabled=dtype == torch.float16)  # disabled: every call passes through
@@ -321,6 +335,10 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0 or step == total_steps
 
+    def evaluation_due(step: int) -> bool:
+        """Also early, at 1/10, 2/10 and 4/10 of the first --eval_steps: a run that does not learn is seen in minutes."""
+        return due(args.eval_steps, step) or 10 * step in (args.eval_steps, 2 * args.eval_steps, 4 * args.eval_steps)
+
     @torch.no_grad()
     def evaluate(step: int) -> int:
         """Every held-out pair once: each rank fills in its own pairs' rows, and the sum over ranks is the whole table.
@@ -350,7 +368,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
     watch.saving = True  # from here on a signal waits until the step is finished and saved
-    unevaluated = start == 0 or (due(args.eval_steps, start) and result["step"] < start)
+    unevaluated = start == 0 or (evaluation_due(start) and result["step"] < start)
     if unevaluated and (stop := evaluate(start)):
         raise Stop(interrupted(stop), 128 + stop)
     # Of this rank, since the row before; a checkpoint has those of all ranks:
@@ -422,7 +440,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
             sums.zero_(), seen.zero_()
             since = time.perf_counter()
         paused = time.perf_counter()
-        if due(args.eval_steps, step) and not stop:
+        if evaluation_due(step) and not stop:
             stop = evaluate(step)
         if stop or (args.save_steps and due(args.save_steps, step)):
             state = resumed.state | {

@@ -12,6 +12,9 @@ from minirm.data.chat import set_chat_template
 from minirm.errors import InputError, refusing
 
 PAD_TOKEN = "<|pad|>"  # added where the tokenizer has no pad token of its own
+HEAD_SCALE = (
+    1e-3  # so small that states a hundred times the usual size give no rewards to unlearn; not 0: those were ties
+)
 
 
 class RewardModel(nn.Module):
@@ -40,10 +43,15 @@ def width(config) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def init_head(hidden_size: int, seed: int) -> Tensor:
-    """[1, H] fp32, normal with std 1/sqrt(H + 1): rewards of unit size (Stiennon et al., arXiv 2009.01325)."""
+def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
+    """[1, H] fp32, normal. Published: with std 1/sqrt(H + 1) (Stiennon et al., arXiv 2009.01325); else HEAD_SCALE of that.
+
+    Published rewards are of unit size only where the final states are. A real model's are larger: SmolLM2-135M starts at
+    a loss of 1.1 to 1.4, and spends its first epoch unlearning that. A small head starts at log 2 whatever the states.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
+    head = torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
+    return head if published else HEAD_SCALE * head
 
 
 def load_config(name: str, chat_template: str | None = None):

@@ -24,11 +24,14 @@ SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
 
 
-def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable[..., Tensor] | None:
+def stored_weights(
+    name: str, config, model: RewardModel, seed: int, published: bool = False
+) -> Callable[..., Tensor] | None:
     """read(name in RewardModel, start=0, stop=None) -> these rows of a tensor, and nothing else, from safetensors files.
 
     None where stored and wanted tensors do not agree one to one, by name and shape, a grown vocabulary aside: .bin files,
     what transformers converts while it loads, and whatever is wrong. All that is for `load_weights`.
+    seed, published: of the head, see `init_head`, where `name` is no reward model.
     """
     trunk, prefix, places = model.trunk, model.trunk.base_model_prefix + ".", {}
     try:  # what is wrong here load_weights will say
@@ -55,7 +58,7 @@ def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable
     def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
         key = key.removeprefix("trunk.")
         if key not in shapes:
-            return init_head(width(stored), seed)[start:stop]
+            return init_head(width(stored), seed, published)[start:stop]
         with safe_open(places[key][0], "pt") as file:  # anew each time: what was read of an open file counts as memory
             rows = file.get_slice(places[key][1])
             rows = rows[start:stop] if shapes[key] else rows[...]
@@ -65,6 +68,11 @@ def stored_weights(name: str, config, model: RewardModel, seed: int) -> Callable
         return rows
 
     return read
+
+
+def brings_head(name: str) -> bool:
+    """Whether the model already is a reward model, whose head is kept."""
+    return _is_reward_model(AutoConfig.from_pretrained(name))
 
 
 def _is_reward_model(config) -> bool:
@@ -78,11 +86,11 @@ def _misplaced(keys, trunk) -> list[str]:
     return sorted(key for key in keys if key.partition(".")[0] in tops and not re.search(known, key))
 
 
-def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
+def load_weights(name: str, config, seed: int, published: bool = False) -> dict[str, Tensor]:
     """All weights by the names of RewardModel, on the CPU, as they are stored: from_pretrained, of what it can read at all.
 
-    The head is a new one, or, where `name` already is a reward model, that one's. Raises InputError if weights cannot
-    be loaded, are missing from the checkpoint, or are in it and have no place in the model.
+    The head is a new one (seed, published: see `init_head`), or, where `name` already is a reward model, that one's.
+    Raises InputError if weights cannot be loaded, are missing from the checkpoint, or are in it and have no place.
     """
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
     cls, lm = AutoModel, auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -101,7 +109,7 @@ def load_weights(name: str, config, seed: int) -> dict[str, Tensor]:
     if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
-    head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed)
+    head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed, published)
     return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
 

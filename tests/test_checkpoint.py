@@ -34,6 +34,7 @@ def inputs(folder):
         *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(60))),
         *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
         *("--save_steps", 2, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
+        *("--head_learning_rate", 1e-3),
     ]
 
 
@@ -277,7 +278,7 @@ def test_the_exported_model_is_that_of_the_lowest_loss(server, worsening, worse,
 
 
 def test_the_best_is_kept_where_the_head_alone_is_trained_and_lies_on_one_of_two_processes(server, worsening, tmp_path):
-    flags = [*worsening, "--freeze_ratio", 1, "--learning_rate", 0.1]
+    flags = [*worsening, "--freeze_ratio", 1, "--head_learning_rate", 0.1]
     for steps in (2, 8):
         assert server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / str(steps), world=2).codes == [0, 0]
     assert min(losses(tmp_path / "8"), key=losses(tmp_path / "8").get) == 2
@@ -296,7 +297,7 @@ def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worse
     two, four = [row for row in rows(tmp_path / "run") if row["step"] and "eval_loss" in row]
     assert (
         f"held-out accuracy {two['eval_accuracy']:.4f} on 24 pairs at step 2, where the loss was lowest, "
-        f"{two['eval_loss']:.4f} (at the last, step 4: accuracy {four['eval_accuracy']:.4f}, loss {four['eval_loss']:.4f}); the"
+        f"{two['eval_loss']:.4f} (at the last, step 4: accuracy {four['eval_accuracy']:.4f}, loss {four['eval_loss']:.4f})"
     ) in run.text()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "the model of step 2, where the held-out loss was lowest" in " ".join(card.split())

@@ -1,18 +1,20 @@
 """Loading, and what is refused: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
 
 import json
+import math
 import re
 import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer
+from conftest import CONFIGS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_attention import FAMILIES as FAMILIES_BY_NAME
 from test_attention import REFUSED
 
 from minirm.errors import InputError
+from minirm.loss import pairwise_loss
 from minirm.model import PAD_TOKEN, RewardModel, empty_model, init_head, load_config, saved_tensors
 from minirm.weights import export, load_weights, stored_weights
 
@@ -20,10 +22,16 @@ FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
 
 
 def load(folder, seed=0):
-    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources."""
+    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources.
+
+    With the published head: of rewards near zero an error would be as small.
+    """
     config, tokenizer = load_config(str(folder))
     model = empty_model(config)
-    read, weights = stored_weights(str(folder), config, model, seed), load_weights(str(folder), config, seed)
+    read, weights = (
+        stored_weights(str(folder), config, model, seed, True),
+        load_weights(str(folder), config, seed, True),
+    )
     model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     assert weights.keys() == dict(model.state_dict()).keys()
     with torch.no_grad():
@@ -47,7 +55,7 @@ def test_a_classifier_of_two_labels_gets_a_new_head(model_folder, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     model, config, _ = load(tmp_path, seed=3)
     assert config.num_labels == 1
-    assert torch.equal(model.score.weight, init_head(32, 3))
+    assert torch.equal(model.score.weight, init_head(32, 3, published=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,13 +106,37 @@ def test_the_empty_model_takes_no_memory(model_folder):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_new_head_is_normal_with_standard_deviation_1_over_the_root_of_width_plus_1():
+def test_the_published_head_is_normal_with_standard_deviation_1_over_the_root_of_width_plus_1():
     """1 / sqrt(4095 + 1) = 1 / 64 = 0.015625; with 4095 numbers the estimate is within 4 / sqrt(2 * 4095) = 4.4 %."""
-    head = init_head(4095, seed=0)
+    head = init_head(4095, seed=0, published=True)
     assert head.shape == (1, 4095) and head.dtype == torch.float32
     assert head.std().item() == pytest.approx(0.015625, rel=0.044)
     assert abs(head.mean().item()) < 4 * 0.015625 / 64
-    assert torch.equal(head, init_head(4095, seed=0)) and not torch.equal(head, init_head(4095, seed=1))
+    assert torch.equal(head, init_head(4095, 0, True)) and not torch.equal(head, init_head(4095, 1, True))
+    assert torch.allclose(init_head(4095, seed=0), head / 1000, atol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_new_head_starts_within_0_05_of_log_2_in_every_precision(model_folder, family):
+    """Also where the final states are thirty times as large as those of a random model, which the published head is not for."""
+    model, _, _ = load(model_folder(family))
+    ids = torch.randint(5, 200, (32, 20), generator=torch.Generator().manual_seed(0))
+
+    def enlarge(module, args, output) -> None:
+        output.last_hidden_state.mul_(30)
+
+    model.trunk.register_forward_hook(enlarge)
+
+    @torch.no_grad()
+    def loss(dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            chosen, rejected = model(ids).chunk(2)
+        return pairwise_loss(chosen.flatten(), rejected.flatten()).item()
+
+    assert loss(torch.float32) > 1
+    model.score.weight.data = init_head(32, seed=0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert loss(dtype) == pytest.approx(math.log(2), abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from minirm.data.prepare import prepare
 from minirm.freeze import freeze_bottom_layers
 from minirm.model import empty_model, load_config
 from minirm.report.card import model_card
-from minirm.report.lines import PUBLISHED, data_table, freeze_line, last_words, marked_pair, start_report
+from minirm.report.lines import PUBLISHED, data_table, freeze_line, last_words, marked_pair, rate_warnings, start_report
 from minirm.report.profile import profile_table
 from minirm.rows import collate
 
@@ -204,17 +204,38 @@ def test_the_report_has_its_three_parts(data, tokenizer, tmp_path):
     model = empty_model(config)
     groups = [data.train[i] for i in range(len(data.train))]
     batches = [collate(part, row_layout="shared", pad_id=0, row_limit=1000) for part in (groups[:1], groups[1:])]
-    args = SimpleNamespace(loss="divergence", margin_scale=1.0, pair_weight="pair")
-    report = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches)
-    assert report.startswith("  --loss 'divergence'\n") and "warning" not in report and PUBLISHED not in report
-    args = SimpleNamespace(loss="trlx", margin_scale=1.0, pair_weight="pair")
-    published = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches)
+    rates = {"learning_rate": 1e-3, "warmup_steps": 4, "lr_scheduler_type": "linear", "freeze_ratio": 0.7}
+    args = SimpleNamespace(loss="divergence", margin_scale=1.0, pair_weight="pair", **rates)
+    report = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches, 40)
+    assert "  --loss 'divergence'\n" in report and "warning" not in report and PUBLISHED not in report
+    args = SimpleNamespace(loss="trlx", margin_scale=1.0, pair_weight="pair", **rates)
+    published = start_report(args, data, tokenizer, model, freeze_bottom_layers(model), "shared", None, batches, 40)
     assert PUBLISHED in published
     assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
     # The first batch is one row without padding; in the second every row is as long as its longest.
     rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]
     places = rows[0] + max(rows[1:]) * len(rows[1:])
     assert f"padding in a micro-batch: {1 - sum(rows) / places:.1%} of its places (mean of 2)" in report
+
+
+def test_rates_at_which_little_can_be_learned_are_warned_about():
+    def said(total_steps, **changes):
+        flags = {"learning_rate": 1e-5, "warmup_steps": 0, "lr_scheduler_type": "linear", "freeze_ratio": 0.7} | changes
+        return [line for say, line in rate_warnings(SimpleNamespace(**flags), total_steps) if say]
+
+    (line,) = said(50)
+    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move no weight by more than 0.0005,")
+    assert (
+        said(200)
+        == said(50, freeze_ratio=1)
+        == said(0)
+        == said(50, learning_rate=0)
+        == said(50, learning_rate=1e-4)
+        == []
+    )
+    (line,) = said(200, warmup_steps=200)
+    assert line.startswith("warning: --warmup_steps 200 of 200 steps: --learning_rate is never reached")
+    assert said(200, warmup_steps=200, lr_scheduler_type="constant") == said(201, warmup_steps=200) == []
 
 
 EVALUATION = {
@@ -230,6 +251,19 @@ EVALUATION = {
     "eval_reward_mean": -0.25,
     "eval_reward_std": 1.5,
 }
+
+
+def test_the_last_line_says_if_chance_or_length_would_do_as_well():
+    # The shorter answer is the chosen one in 330 of 1,320 pairs, the longer one in 55 %.
+    row = EVALUATION | {"eval_by_length": [{"high": -1, "pairs": 330}, {"high": 9, "pairs": 990}]}
+    where = "; the model is in x, load it with AutoModelForSequenceClassification.from_pretrained"
+    assert last_words(row, row, Path("x")) == f"held-out accuracy 0.7123 on 1320 pairs{where}"
+    row |= {"eval_accuracy_low": 0.54}
+    said = "held-out accuracy 0.7123 on 1320 pairs, no better than choosing the longer answer (0.5500)"
+    assert last_words(row, row, Path("x")) == said + where
+    row |= {"eval_accuracy_low": 0.49}
+    said = "held-out accuracy 0.7123 on 1320 pairs, no better than chance (its 95 % interval begins at 0.490)"
+    assert last_words(row, row, Path("x")) == said + where
 
 
 def card(data, tokenizer, folder, rows, result, loss="divergence", **more):

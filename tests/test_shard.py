@@ -34,7 +34,7 @@ def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute
     frozen = set(freeze_bottom_layers(model, 0.7).parameters)
     cast_frozen(model, dtype)
     assert shard(model, mesh, dtype)
-    weights = load_weights(str(model_folder(family)), config, seed=0)
+    weights = load_weights(str(model_folder(family)), config, seed=0, published=True)
     fill(model, device, False, None, None, lambda: weights)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) == (name not in frozen), name

@@ -12,15 +12,25 @@ from minirm.errors import printable
 from minirm.freeze import Frozen
 from minirm.rows import Batch
 
+# AdamW moves a weight by about the learning rate a step. Runs of a shorter path than this stayed at chance.
+LEAST_PATH = 1e-3
 # Said at the start, and by the card, with --loss trlx.
 PUBLISHED = """--loss trlx, as published, reads both rewards at the place before the longer answer's EOS, for held-out figures as
 well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
 
 
 def start_report(
-    args, data: Prepared, tokenizer, model, frozen: Frozen, layout: str, not_shared: str | None, sample: list[Batch]
+    args,
+    data: Prepared,
+    tokenizer,
+    model,
+    frozen: Frozen,
+    layout: str,
+    not_shared: str | None,
+    sample: list[Batch],
+    total_steps: int,
 ) -> str:
-    """All flags, the table of comparisons, the share that is trained, the marked pair, and what has no effect.
+    """All flags, the table of comparisons, the share that is trained, the marked pair, what has no effect or too little.
 
     not_shared: why rows are not shared; sample: some micro-batches of one process, to tell how much of a batch is padding.
     """
@@ -37,9 +47,25 @@ def start_report(
         (margins and args.loss == "trlx", "warning: --loss trlx is as published: the data's margins have no effect"),
         (args.margin_scale != 1 and not margins, "warning: no margins in the data: --margin_scale has no effect"),
         (alone, "warning: one comparison a prompt: --pair_weight has no effect"),
+        *rate_warnings(args, total_steps),
     ):
         lines += [line, ""] if said else []
     return "\n".join(lines)
+
+
+def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
+    """(whether to say it, line) where the flags let the weights move too little for anything to be learned."""
+    rate, warm_up = args.learning_rate, args.warmup_steps if args.lr_scheduler_type != "constant" else 0
+    path = rate * total_steps
+    unreached = f"--warmup_steps {warm_up} of {total_steps} steps: --learning_rate is never reached; choose a tenth of the steps"
+    little = (
+        f"{total_steps} steps at --learning_rate {rate:g} move no weight by more than {path:.1g}, and weights are about 0.02; "
+        "raise --learning_rate (1e-4 for a model below 1B), or train longer"
+    )
+    return [
+        (warm_up >= total_steps > 0, f"warning: {unreached}"),
+        (0 < path < LEAST_PATH and args.freeze_ratio < 1, f"warning: {little}"),
+    ]
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
@@ -123,16 +149,26 @@ def last_words(exported: dict, last: dict, output: Path) -> str:
             f" at step {exported['step']}, where the loss was lowest, {exported['eval_loss']:.4f} (at the last, step "
             f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
         )
+    which, alone = length_alone(exported)
+    if exported["eval_accuracy_low"] <= 0.5:
+        line += f", no better than chance (its 95 % interval begins at {exported['eval_accuracy_low']:.3f})"
+    elif exported["eval_accuracy_low"] <= alone:
+        line += f", no better than choosing the {which} answer ({alone:.4f})"
     return (
         f"{line}; the model is in {printable(output)}, load it with AutoModelForSequenceClassification.from_pretrained"
     )
 
 
-def final_report(row: dict) -> str:
-    """An evaluation's row beyond its accuracy, in a few lines: is it length, where does it know, can it be believed?"""
+def length_alone(row: dict) -> tuple[str, float]:
+    """("longer" or "shorter", share of the held-out pairs that choosing this answer gets right)."""
     longer = row["eval_length_accuracy"]
     shorter = sum(bucket["pairs"] for bucket in row["eval_by_length"] if bucket["high"] < 0) / row["eval_pairs"]
-    which, alone = ("longer", longer) if longer >= shorter else ("shorter", shorter)
+    return ("longer", longer) if longer >= shorter else ("shorter", shorter)
+
+
+def final_report(row: dict) -> str:
+    """An evaluation's row beyond its accuracy, in a few lines: is it length, where does it know, can it be believed?"""
+    which, alone = length_alone(row)
     model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
     by_length = []
     for bucket in row["eval_by_length"]:
