@@ -49,7 +49,7 @@ from minirm.report.trackers import open_trackers
 from minirm.rows import Batch, collate
 from minirm.signals import Watch, interrupted
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
-from minirm.weights import brings_head, export, load_weights, stored_weights
+from minirm.weights import brings_head, choose_precision, export, load_weights, stored_weights
 
 HEAD_RATE = 10  # times --learning_rate: a new head has further to go than layers that are trained already
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help
@@ -129,7 +129,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="model to export: that of the evaluation with the lowest eval_loss (step 0 aside), or the last one")
     add("--resume_from_checkpoint", default="auto", help="auto: the newest whole one in --output_dir; none; or a folder")
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--precision", default="auto", choices=["auto", *shard.DTYPES], help="auto: fp16 on CUDA, fp32 on CPU")
+    add("--precision", default="auto", choices=["auto", *shard.DTYPES], help="auto: on CUDA bf16 for weights stored in bf16, else fp16; fp32 on CPU")
+    add("--micro_batch_tokens", type=int, default=0, help="tokens that a process computes at once, as many prompts as fit, padding included; "
+        "a step keeps its prompts (batch x accumulation x processes); 0: --per_device_train_batch_size prompts at once")
+    add("--compile", action="store_true", help="compile the blocks one by one; it pays off on GPUs")
     add("--row_layout", default="shared", choices=["shared", "separate"],
         help="shared: a row is a prompt with all its completions; separate: with one of them")
     add("--cache_trunk", help="folder for the frozen layers' outputs, computed once for all epochs and runs (default: no cache)")
@@ -152,7 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_length world_size device"),
         ("not be negative", lambda value: 0 <= value < math.inf,
          """learning_rate head_learning_rate warmup_steps weight_decay max_grad_norm eval_steps logging_steps save_steps
-         save_total_limit shard_size center_rewards_coefficient margin_scale profile lora_rank"""),
+         save_total_limit shard_size center_rewards_coefficient margin_scale profile lora_rank
+         micro_batch_tokens"""),
         ("lie in 0..1", lambda value: 0 <= value <= 1, "freeze_ratio"),
         ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),
     ):
@@ -219,6 +223,12 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
     with shard.first_process_first(processes.patient):
         use_demo(args)
         config, tokenizer = load_config(args.model, args.chat_template)
+        if args.precision == "auto":
+            cuda = processes.device.type == "cuda"
+            args.precision, why = choose_precision(
+                args.model, processes.device.type, cuda and torch.cuda.is_bf16_supported(False)
+            )
+            print0(f"--precision auto is {args.precision}, {why}")
         if args.head_learning_rate is None:
             like_the_rest = args.loss == "trlx" or brings_head(args.model)
             args.head_learning_rate = args.learning_rate * (1 if like_the_rest else HEAD_RATE)
@@ -244,6 +254,9 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
     config, model, frozen, dtype = inputs.config, inputs.model, inputs.frozen, shard.DTYPES[args.precision]
     if args.gradient_checkpointing:
         shard.checkpoint_trained_blocks(model)
+    if args.compile:  # frozen blocks that are cached are skipped, not compiled
+        for block in find_blocks(model)[1][len(frozen.layers) if args.cache_trunk else 0 :]:
+            block.compile(dynamic=True)
     shard.cast_frozen(model, dtype)
     shard.shard(model, processes.mesh, dtype, args.cpu_offload)
     with shard.first_process_first(processes.patient):  # in case there is something to fetch
@@ -261,10 +274,8 @@ def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Proces
 def train(args: argparse.Namespace, watch: Watch) -> None:
     processes = shard.start_processes(args.shard_size)
     device, rank, world_size, patient = processes.device, processes.rank, processes.world_size, processes.patient
-    if args.precision == "auto":
-        args.precision = "fp16" if device.type == "cuda" else "fp32"
-    output, dtype = Path(args.output_dir), shard.DTYPES[args.precision]
     inputs = read_inputs(args, processes)
+    output, dtype = Path(args.output_dir), shard.DTYPES[args.precision]
     data, tokenizer, model = inputs.data, inputs.tokenizer, inputs.model
     resumed = run.begin(args, data, inputs.config, tokenizer, processes)
     start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
@@ -276,7 +287,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     weights = pairs["train"]
     if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
         weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
-    plan_of = partial(make_plan, world_size=world_size, batch_size=args.per_device_train_batch_size, seed=args.seed)
+    cut = {"batch_size": args.per_device_train_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
+    plan_of = partial(make_plan, world_size=world_size, seed=args.seed, **cut)
     eval_plan = plan_of(lengths["eval"], pairs["eval"], shuffle=False)
     to_batch = partial(
         collate, row_layout=inputs.layout, pad_id=tokenizer.pad_token_id, row_limit=2 * args.max_length,
@@ -348,7 +360,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
         nonlocal result, best
         # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
         table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
-        for (micro_step,), _ in tqdm(eval_plan, desc="evaluating", leave=False, disable=rank > 0):
+        micro_steps = [micro_step for step in eval_plan for micro_step in step.micro_steps]
+        for micro_step in tqdm(micro_steps, desc="evaluating", leave=False, disable=rank > 0):
             if stop := run.agreed(watch.caught):
                 return stop
             batch, rewards, losses = compute("eval", micro_step[rank])

@@ -27,6 +27,7 @@ from minirm.lora import add_lora
 from minirm.model import RewardModel, load_config
 from minirm.probe import probe_shared_rows
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
+from minirm.weights import choose_precision
 
 MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
 USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
@@ -122,6 +123,10 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         block.forward = CudaAutocast()(block.forward)
     if args.gradient_checkpointing:
         checkpoint_trained_blocks(model)
+    if args.micro_batch_tokens:  # the longest prompts that one comparison can make fill a micro-step
+        whole, prompts = prompts * micro_steps, max(1, args.micro_batch_tokens // (2 * args.max_length))
+        prompts = min(prompts, whole)
+        micro_steps = -(-whole // prompts)
     rows, length = (prompts, 2 * args.max_length) if layout == "shared" else (2 * prompts, args.max_length)
 
     def count(module: nn.Module, trained: bool = True) -> int:
@@ -172,7 +177,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     width = config.get_text_config().hidden_size
     parts["on disk"] = {"a checkpoint": 12 * trained, "--cache_trunk, a million tokens": 1e6 * number * width}
     return {
-        "trained": trained, "frozen": frozen, "shards": shards, "rows": rows, "length": length,
+        "trained": trained, "frozen": frozen, "shards": shards, "rows": rows, "length": length, "micro_steps": micro_steps,
         "parts": parts, "peak": always + max(backward, step),
         "forward FLOP": micro_steps * forward, "backward FLOP": micro_steps * (meter.flops - forward),
         "computing": micro_steps * meter.flops / (args.device[1] * 1e12), "sending": sent / (args.device[2] * 1e9),
@@ -186,7 +191,7 @@ def table(found: dict[str, Any], args: Namespace) -> str:
     lines = [
         f"{found['trained']:,} parameters trained, {found['frozen']:,} frozen",
         f"{args.world_size} devices of {memory:g} GB that compute {flops:g} TFLOP/s and send {bandwidth:g} GB/s{shared}",
-        f"{args.gradient_accumulation_steps} micro-steps a step, each of {found['rows']} rows of {found['length']} tokens, "
+        f"{found['micro_steps']} micro-steps a step, each of {found['rows']} rows of {found['length']} tokens, "
         + "the longest that prompts of one comparison can make",
     ]
     for title, part in found["parts"].items():
@@ -213,9 +218,10 @@ def show_plan(args: Namespace) -> None:
         args.device = [memory, 400, 300]
     if args.world_size % (args.shard_size or 1):
         raise InputError(f"--shard_size {args.shard_size} must divide --world_size, which is {args.world_size}")
-    dtype = DTYPES["fp16" if args.precision == "auto" else args.precision]  # a GPU's
     args.train_data = []  # needs none
     use_demo(args)
+    precision = choose_precision(args.model, "cuda", True)[0] if args.precision == "auto" else args.precision
+    dtype = DTYPES[precision]
     config, _ = load_config(args.model, args.chat_template)
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     with refusing(f"--model {args.model}: cannot be planned", (ValueError, RuntimeError)):  # experts in fp32

@@ -27,6 +27,7 @@ def make_plan(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
+    micro_batch_tokens: int = 0,
 ) -> list[Step]:
     """Every group exactly once, in steps of world_size x batch_size x accumulation groups, the last one maybe shorter.
 
@@ -34,6 +35,8 @@ def make_plan(
         lengths: tokens of each group; groups of like length come together in a micro-step, on all ranks.
         weights: of each group, as a sum over its comparisons: their number, if all weigh the same.
         world_size, batch_size, accumulation: ranks, groups per rank and micro-step, micro-steps per step.
+        micro_batch_tokens: a micro-step has as many groups on each rank as fit into so many tokens, padding to the longest
+            included, at least one; 0: batch_size of them. Which groups make up a step stays the same.
         seed, epoch: choose the order. shuffle=False: longest first, so that too little memory shows at once.
     Which groups make up a step depends on the product of the three alone, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
     """
@@ -48,7 +51,12 @@ def make_plan(
         groups = sorted(order[begin : begin + window], key=lambda g: (-lengths[g], g))  # longest first
         for i in range(0, len(groups), per_step):
             step = groups[i : i + per_step]
-            micro_steps = [step[j : j + per_micro_step] for j in range(0, len(step), per_micro_step)]
+            micro_steps = []
+            while step_left := step[sum(map(len, micro_steps)) :]:
+                fit = (
+                    max(1, micro_batch_tokens // max(1, lengths[step_left[0]])) * world_size
+                )  # the first is the longest
+                micro_steps.append(step_left[: fit if micro_batch_tokens else per_micro_step])
             # Dealt out like cards: in a short micro-step no rank has two groups while another has none. There and back,
             # so that no rank gets the longest of every micro-step and the others wait for it.
             dealt = [[micro[rank::world_size] for rank in range(world_size)] for micro in micro_steps]

@@ -32,7 +32,7 @@ UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limi
 
 # Flags that may differ when a run goes on: these, its length, and what changes memory or speed alone. Model and data are
 # compared by content, so that they may move; batch size and accumulation by their product with the processes.
-FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "model", "train_data", "eval_data",
+FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "micro_batch_tokens", "compile", "model", "train_data", "eval_data",
                  "chat_template", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
 
 

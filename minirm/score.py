@@ -38,6 +38,7 @@ from minirm.probe import probe_shared_rows
 from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
+from minirm.weights import loading
 
 WORTH_SHARING = 0.9  # of the tokens: a row of several completions needs a mask, which costs as much as it saves
 
@@ -76,7 +77,7 @@ def load_config(name: str) -> tuple:
 def load_model(name: str, config, dtype):
     """In evaluation mode. Raises InputError if its weights cannot be loaded, or are not all there."""
     options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
-    with refusing(f"--model {name}: its weights cannot be loaded"):
+    with loading(name):
         model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")

@@ -191,7 +191,8 @@ def open_folder(
         "max_length": args.max_length,
         "row_layout": layout,
         "precision": args.precision,
-        "one prompt a micro-step": args.per_device_train_batch_size == 1,  # for the rounding, see the top of this file
+        "one prompt a micro-step": args.per_device_train_batch_size == 1
+        and not args.micro_batch_tokens,  # for the rounding, see the top of this file
         "device": device,
         "versions": [torch.__version__, transformers.__version__],
         "code": hashlib.sha256(code).hexdigest(),

@@ -2,9 +2,12 @@
 
 import copy
 import json
+import math
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +25,13 @@ from minirm.model import RewardModel, init_head, saved_tensors, width
 SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
 OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
+MORE_THAN_TENSORS = (  # in place of torch's advice, which is to load it all the same
+    "its .bin weights are not only tensors (a pickle that may run any code, or an unfinished download), so they are not "
+    "loaded; give .safetensors. Convert a .bin only if you trust where it is from: "
+    """python -c "import torch; from safetensors.torch import save_file; """
+    "w = torch.load('pytorch_model.bin', weights_only=False); "
+    """save_file({k: t.contiguous().clone() for k, t in w.items() if torch.is_tensor(t)}, 'model.safetensors')\""""
+)
 
 
 def stored_weights(
@@ -86,6 +96,45 @@ def _misplaced(keys, trunk) -> list[str]:
     return sorted(key for key in keys if key.partition(".")[0] in tops and not re.search(known, key))
 
 
+def stored_dtype(name: str) -> str:
+    """How most of the weights are stored, "BF16" as safetensors call it; "" where that is not said."""
+    with suppress(Exception):  # no safetensors: then the configuration says it
+        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
+        path = files[0] or get_checkpoint_shard_files(name, files[1])[0][0]
+        with safe_open(path, "pt") as file:
+            sizes: Counter[str] = Counter()
+            for key in file.keys():  # noqa: SIM118 - no dict
+                rows = file.get_slice(key)
+                sizes[rows.get_dtype()] += math.prod(rows.get_shape())
+        return sizes.most_common(1)[0][0]
+    with suppress(Exception):
+        return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(AutoConfig.from_pretrained(name).dtype, "")
+    return ""
+
+
+def choose_precision(name: str, device: str, computes_bf16: bool) -> tuple[str, str]:
+    """What --precision auto is: (fp16, bf16 or fp32, why). Models made in bf16 overflow in fp16, among them Gemma and Qwen."""
+    if device != "cuda":
+        return "fp32", "on a CPU"
+    if stored_dtype(name) != "BF16":
+        return "fp16", "with a GradScaler, since the weights are not stored in bf16"
+    if not computes_bf16:
+        return "fp16", "since this GPU does not compute in bf16, in which the weights are stored"
+    return "bf16", "as the weights are stored"
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what transformers and torch raise while they read weights into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if "weights_only" in str(error):
+            raise InputError(f"--model {name}: {MORE_THAN_TENSORS}") from None
+        with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
+            raise
+
+
 def load_weights(name: str, config, seed: int, published: bool = False) -> dict[str, Tensor]:
     """All weights by the names of RewardModel, on the CPU, as they are stored: from_pretrained, of what it can read at all.
 
@@ -98,7 +147,7 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
         cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     elif stored.get_text_config().tie_word_embeddings:  # the embeddings may be stored as those of the output
         cls = lm
-    with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
+    with loading(name):
         model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
     trunk = model.base_model
     wanted = f"{trunk.base_model_prefix}." if cls is lm else ""  # of a language model the trunk alone

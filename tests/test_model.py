@@ -1,5 +1,6 @@
 """Loading, and what is refused: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
 
+import argparse
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, make_model, make_tokenizer
+from conftest import refusal as refused_in_one_line
 from safetensors.torch import load_file, save_file
 from test_attention import FAMILIES as FAMILIES_BY_NAME
 from test_attention import REFUSED
@@ -16,7 +18,7 @@ from test_attention import REFUSED
 from minirm.errors import InputError
 from minirm.loss import pairwise_loss
 from minirm.model import PAD_TOKEN, RewardModel, empty_model, init_head, load_config, saved_tensors
-from minirm.weights import export, load_weights, stored_weights
+from minirm.weights import choose_precision, export, load_weights, stored_dtype, stored_weights
 
 FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
 
@@ -358,16 +360,38 @@ def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tm
 
 
 class Code:
+    """What a pickle may hold: a call, made by whoever loads it."""
+
     def __reduce__(self):
-        return pytest.fail, ("run",)
+        return RAN.append, (1,)
 
 
-def test_a_pickle_that_is_more_than_tensors_is_refused(model_folder, tmp_path):
-    shutil.copytree(model_folder("gpt2"), tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save({"transformer.wte.weight": Code()}, tmp_path / "x" / "pytorch_model.bin")
-    config, _ = load_config(str(tmp_path / "x"))
-    with pytest.raises(InputError, match="its weights cannot be loaded"):
-        load_weights(str(tmp_path / "x"), config, 0)
+RAN: list[int] = []
+
+
+@pytest.mark.parametrize("kind", ["code", "namespace", "pointer", "script"])
+def test_a_bin_of_more_than_tensors_is_refused_with_a_command_that_converts_it(
+    kind, model_folder, tmp_path, monkeypatch
+):
+    """A call, a training script's arguments, what git-lfs leaves in place of a file, TorchScript: torch's own message
+    says each time to load it with weights_only=False."""
+    folder = tmp_path / "x"
+    shutil.copytree(model_folder("gpt2"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights, path = load_file(model_folder("gpt2") / "model.safetensors"), folder / "pytorch_model.bin"
+    if kind == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    elif kind == "script":
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    else:
+        torch.save(weights | {"x": Code() if kind == "code" else argparse.Namespace(lr=1)}, path)
+    config, _ = load_config(str(folder))
+    message = refused_in_one_line(load_weights, str(folder), config, 0)
+    assert message.startswith(f"--model {folder}: its .bin weights are not only tensors") and not RAN
+    if kind == "namespace":
+        monkeypatch.chdir(folder)
+        exec(re.search('python -c "(.*)"$', message)[1], {})  # noqa: S102, as the person would type it
+        expected = load_weights(str(model_folder("gpt2")), config, 0)
+        assert all(torch.equal(value, expected[key]) for key, value in load_weights(str(folder), config, 0).items())
 
 
 def test_tied_embeddings_that_are_stored_as_the_output_layer_are_found(model_folder, tmp_path):
@@ -435,3 +459,20 @@ def test_the_reward_model_takes_a_trunk_that_a_person_made():
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     rewards = RewardModel(transformers.AutoModel.from_config(config))(torch.arange(10)[None])
     assert rewards.shape == (1, 10) and rewards.requires_grad
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
+def test_precision_auto_is_bf16_for_weights_stored_so_where_the_gpu_computes_it(dtype, name, model_folder, tmp_path):
+    """The device is faked: its kind and whether it computes in bf16 are arguments."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama")).to(dtype)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for folder in (str(tmp_path / "one"), str(tmp_path / "shards")):
+        assert stored_dtype(folder) == name
+        assert choose_precision(folder, "cuda", True)[0] == ("bf16" if name == "BF16" else "fp16")
+        assert choose_precision(folder, "cuda", False)[0] == "fp16"
+        assert choose_precision(folder, "cpu", True) == ("fp32", "on a CPU")
+    (tmp_path / "one" / "model.safetensors").unlink()
+    assert choose_precision(str(tmp_path / "one"), "cuda", True)[0] == (
+        "bf16" if name == "BF16" else "fp16"
+    )  # by config.json

@@ -161,3 +161,24 @@ def test_no_rank_waits_long_for_another_within_a_step():
     work = torch.stack([lengths[torch.tensor(step.micro_steps)[:, :, 0]].sum(dim=0) for step in plan])  # [steps, ranks]
     assert len(work) == 256
     assert (work.amax(dim=1) / work.mean(dim=1)).mean() < 1.005
+
+
+@pytest.mark.parametrize("world_size, tokens", [(1, 100), (2, 100), (2, 37), (3, 1000)])
+def test_micro_steps_by_tokens_hold_no_more_than_fit_and_make_up_the_same_steps(world_size, tokens):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 60, (101,), generator=generator).tolist()
+    shape = {"world_size": world_size, "batch_size": 2, "accumulation": 5}
+    by_count, by_tokens = (make_plan(lengths, [1] * 101, micro_batch_tokens=n, **shape) for n in (0, tokens))
+    for old, new in zip(by_count, by_tokens, strict=True):
+        groups = lambda step: sorted(g for micro in step.micro_steps for of_rank in micro for g in of_rank)
+        assert groups(old) == groups(new) and old.weight == new.weight
+        for micro in new.micro_steps:
+            assert len(micro) == world_size
+            longest = max(lengths[g] for of_rank in micro for g in of_rank)
+            most = max(map(len, micro))
+            assert most == 1 or most * longest <= tokens
+            assert most - min(map(len, micro)) <= 1
+        # Greedy: the next micro-step's longest prompt would not have fitted into the one before.
+        for first, following in zip(new.micro_steps, new.micro_steps[1:]):
+            fit = max(1, tokens // max(lengths[g] for of_rank in first for g in of_rank))
+            assert sum(map(len, first)) == fit * world_size and following

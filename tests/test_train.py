@@ -440,3 +440,86 @@ def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "holds another run's files" in refused(capsys, output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_any_number_of_tokens_at_once_gives_the_same_steps_and_evaluations(data, model_folder, tmp_path, server):
+    """By count, one prompt at a time, some, a whole step; two and three processes; resumed with another number."""
+
+    def run(name, *flags, world=1, steps=4):
+        given = [
+            "--model",
+            model_folder("gptj"),
+            "--train_data",
+            data[0],
+            "--eval_data",
+            data[1],
+            "--output_dir",
+            tmp_path / name,
+            "--max_steps",
+            steps,
+            "--max_length",
+            96,
+        ]
+        given += [
+            "--learning_rate",
+            1e-3,
+            "--warmup_steps",
+            0,
+            "--logging_steps",
+            1,
+            "--save_steps",
+            2,
+            "--keep",
+            "last",
+        ]
+        given += ["--gradient_accumulation_steps", 12 // world, *flags]
+        done = server.run(*given, world=world)
+        assert done.codes == [0] * world, done.text()[-2000:]
+        rows = read_metrics(tmp_path / name)
+        return [
+            v for row in rows for v in (row.get("loss"), row.get("grad_norm"), row.get("eval_loss")) if v is not None
+        ]
+
+    wanted = run("count")
+    assert len(wanted) >= 10
+    for name, tokens, world in (
+        ("one", 1, 1),
+        ("some", 150, 1),
+        ("all", 100_000, 1),
+        ("two", 150, 2),
+        ("three", 300, 3),
+    ):
+        assert run(name, "--micro_batch_tokens", tokens, world=world) == pytest.approx(wanted, abs=1e-5), name
+    run("resumed", "--micro_batch_tokens", 150, steps=2)
+    resumed = run("resumed", "--micro_batch_tokens", 400)
+    assert resumed[-3:] == pytest.approx(wanted[-3:], abs=1e-5)
+
+
+def test_compile_compiles_every_block_once(data, model_folder, tmp_path, server):
+    """What is compiled is torch's; here a function stands in its place, and the results are those without it."""
+    patch = """
+import torch
+compiled = []
+torch.nn.Module.compile = lambda self, *_, **options: compiled.append((type(self).__name__, options))
+original = train.train
+def shown(*arguments):
+    original(*arguments)
+    print("compiled:", compiled, flush=True)
+train.train = shown
+"""
+    flags = [
+        "--model",
+        model_folder("gptj"),
+        "--train_data",
+        data[0],
+        "--eval_data",
+        data[1],
+        "--max_steps",
+        1,
+        "--max_length",
+        96,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    run = server.run(*flags, "--compile", patch=patch)
+    assert run.codes == [0] and f"compiled: {[('GPTJBlock', {'dynamic': True})] * 4}" in run.text(), run.text()[-2000:]
