@@ -35,6 +35,7 @@ from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
 from minirm.files import as_json, writing
 from minirm.probe import probe_shared_rows
+from minirm.report.benchmarks import best_of_n, reward_bench, reward_bench_2, rm_bench
 from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
@@ -177,6 +178,36 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
     }
 
 
+def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str], by_subset: dict) -> dict:
+    """What the data's benchmark is scored by, and for every row with three answers and more whether its best one wins."""
+    found: dict[str, list[dict]] = {"reward_bench_2": [], "rm_bench": []}
+    wins = []
+    columns = texts.rows.select_columns(["id", "subset", "source", "chosen", "rejected"])
+    for row, own in zip(columns, rewards.split(sizes.tolist())):
+        right = sorted(set(row["chosen"]) - set(row["rejected"]))
+        if len(own) < 3 or not right:
+            continue
+        scores = own.tolist()
+        wrong = [score for k, score in enumerate(scores) if k not in right]
+        entry = {"id": row["id"], "subset": row["subset"], "correct": [scores[k] for k in right], "wrong": wrong}
+        if not wrong:
+            continue
+        wins.append(best_of_n(entry))
+        if schemas[row["source"]] == "RewardBench 2":
+            found["reward_bench_2"].append(entry)
+        elif schemas[row["source"]] == "answers in lists" and len(right) == len(wrong) == 3:
+            found["rm_bench"].append(entry)
+    result: dict = {"best_of_n_accuracy": {"prompts": len(wins), "accuracy": sum(wins) / len(wins)}} if wins else {}
+    if found["reward_bench_2"]:
+        with refusing("RewardBench 2", ValueError):
+            result["reward_bench_2"] = reward_bench_2(found["reward_bench_2"])
+    if found["rm_bench"]:
+        result["rm_bench"] = rm_bench(found["rm_bench"])
+    if sections := reward_bench({name: row["accuracy"] for name, row in by_subset.items()}):
+        result["reward_bench"] = sections
+    return result
+
+
 def table(result: dict) -> str:
     """For people."""
     done = "{completions:,} completions of {prompts:,} prompts in {seconds:.1f} s"
@@ -192,6 +223,14 @@ def table(result: dict) -> str:
     if "best_of_n" in result:
         best = "best of n: {reward_mean:.4f} on average, of {prompts:,} rows with {completions:,}"
         lines.append(best.format_map(result["best_of_n"]))
+    if "best_of_n_accuracy" in result:
+        line = "best of n: the answer with the highest reward is a best one in {accuracy:.4f} of {prompts:,} rows"
+        lines.append(line.format_map(result["best_of_n_accuracy"]))
+    for name, title in (("reward_bench", "RewardBench"), ("reward_bench_2", "RewardBench 2"), ("rm_bench", "RM-Bench")):
+        if name in result:
+            lines.append(
+                f"{title}: " + ", ".join(f"{printable(part)} {score:.4f}" for part, score in result[name].items())
+            )
     return "\n".join(lines)
 
 
@@ -232,6 +271,7 @@ def run(args: argparse.Namespace) -> dict:
             **measured(texts, rewards, first, args.data),
         }  # fmt: skip
         schemas = [row.get("schema", "") for row in texts.report]
+        result |= benchmarks(texts, rewards, sizes, schemas, result.get("by_name", {}))
         ranked = torch.tensor([schema.startswith("ranked") for schema in schemas])[texts.sources]  # [N]
         if n := int(ranked.sum()):
             best = torch.segment_reduce(rewards, "max", lengths=sizes)[ranked].mean().item()

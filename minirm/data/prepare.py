@@ -47,6 +47,7 @@ TEXTS = datasets.Features(
     rejected=List(INT),
     margin=List(FLOAT),  # 0: none
     subset=TEXT,
+    id=TEXT,  # of the row, where a benchmark needs it
     source=INT,  # number of the file
     where=TEXT,  # "file:line"
 )
@@ -98,7 +99,7 @@ def read_texts(
         "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or r"(?!)"
     )
     for where, example in read_examples(source, report, columns):
-        prompt, completions, compared, ties, labelled, own_separator, subset, odd = example
+        prompt, completions, compared, ties, labelled, own_separator, subset, row_id, odd = example
         if keep == "all" and not labelled:
             compared = []
         chat = not isinstance(completions[0], str)
@@ -129,7 +130,7 @@ def read_texts(
         chosen, rejected, margin = zip(*pairs) if pairs else ((), (), ())
         yield {
             "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
-            "rejected": rejected, "margin": margin, "subset": subset, "source": number, "where": where,
+            "rejected": rejected, "margin": margin, "subset": subset, "id": row_id, "source": number, "where": where,
         }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Example(NamedTuple):
     labelled: bool = True  # False: the order of the completions is taken for their ranking, nothing else tells it
     separator: str | None = None  # between prompt and completion; None: --separator
     subset: str = ""
+    id: str = ""  # of the row, where a benchmark needs it
     odd: str = ""  # why its comparisons are not worth training on: the sides answer different questions
 
 
@@ -276,7 +277,8 @@ def answer_lists(row: dict) -> Example:
     texts = [_string(text, side) for side, of_side in sides.items() for text in of_side]
     good = len(sides["chosen"])
     pairs = [(c, r, 0.0) for c in range(good) for r in range(good, len(texts))]
-    return Example(_string(row.get("prompt") or "", "prompt"), texts, pairs)
+    subset = row.get("domain") if isinstance(row.get("domain"), str) else ""
+    return Example(_string(row.get("prompt") or "", "prompt"), texts, pairs, subset=subset, id=str(row.get("id") or ""))
 
 
 def judge_bench(row: dict) -> Example:
@@ -424,7 +426,7 @@ def ranked(row: dict) -> Example:
 
 SCHEMAS = [
     Schema("chosen and rejected", "chosen rejected", chosen_rejected, "prompt margin score_chosen score_rejected"),
-    Schema("RewardBench 2", "chosen rejected num_correct", answer_lists),
+    Schema("RewardBench 2", "chosen rejected num_correct", answer_lists, "prompt id"),
     Schema("summarize_from_feedback", "info summaries choice", summarize_from_feedback, ""),
     Schema("HelpSteer", "prompt|context response_1|response1 response_2|response2 "
                         "preference_strength|overall_preference", helpsteer, ""),
