@@ -307,7 +307,7 @@ def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worse
 
 def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, inputs, tmp_path):
     """A learning rate so high that the loss rises and falls; it is lowest neither at the first step nor at the last."""
-    flags = [*inputs, "--learning_rate", 1e-2, "--warmup_steps", 0, "--eval_steps", 1]
+    flags = [*inputs, "--learning_rate", 3e-2, "--warmup_steps", 0, "--eval_steps", 1]
     assert server.run(*flags, "--output_dir", tmp_path / "run").codes == [0]
     loss = losses(tmp_path / "run")
     best = min(loss, key=loss.get)
@@ -368,13 +368,13 @@ def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_che
     """A checkpoint takes 0.31 MB here, so that two fit beside the rest, but not three."""
     with mounted(tmp_path / "small", "size=800k") as place:
         output = place / "run"
-        run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 3, world=2)
+        run = server.run(*inputs, "--output_dir", output, "--keep", "last", "--save_total_limit", 3, world=2)
         assert run.codes == [3, 3], run.text()
         (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
         assert f"{output}/checkpoint-6" in line and "bytes" in line and "checkpoint-4 is whole" in line
         assert list(checkpoints(output)) == [4, 2] and not list(output.glob("*.partial"))
         shutil.rmtree(output / "checkpoint-2")
-        run = server.run(*inputs, "--output_dir", output, "--save_total_limit", 1, world=2)
+        run = server.run(*inputs, "--output_dir", output, "--keep", "last", "--save_total_limit", 1, world=2)
         assert run.codes == [0, 0] and "checkpoint-4, step 4 of 8" in run.text(), run.text()
 
 
