@@ -215,6 +215,7 @@ class Inputs(NamedTuple):
     layout: str  # of the rows: "shared" or "separate"
     not_shared: str | None  # why the rows are not shared, if they could have been
     extras: int | None  # see `probe_trunk_cache`
+    why: str  # that precision, if it was chosen here
 
 
 def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
@@ -223,12 +224,12 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
     with shard.first_process_first(processes.patient):
         use_demo(args)
         config, tokenizer = load_config(args.model, args.chat_template)
+        why = ""
         if args.precision == "auto":
             cuda = processes.device.type == "cuda"
             args.precision, why = choose_precision(
                 args.model, processes.device.type, cuda and torch.cuda.is_bf16_supported(False)
             )
-            print0(f"--precision auto is {args.precision}, {why}")
         if args.head_learning_rate is None:
             like_the_rest = args.loss == "trlx" or brings_head(args.model)
             args.head_learning_rate = args.learning_rate * (1 if like_the_rest else HEAD_RATE)
@@ -246,7 +247,7 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
     not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
     extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
     layout = "separate" if not_shared else args.row_layout
-    return Inputs(config, tokenizer, model, frozen, data, layout, not_shared, extras)
+    return Inputs(config, tokenizer, model, frozen, data, layout, not_shared, extras, why)
 
 
 def load_model(args: argparse.Namespace, inputs: Inputs, processes: shard.Processes) -> TrunkCache | None:
@@ -276,6 +277,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     device, rank, world_size, patient = processes.device, processes.rank, processes.world_size, processes.patient
     inputs = read_inputs(args, processes)
     output, dtype = Path(args.output_dir), shard.DTYPES[args.precision]
+    if inputs.why:
+        print0(f"--precision auto is {args.precision}, {inputs.why}")
     data, tokenizer, model = inputs.data, inputs.tokenizer, inputs.model
     resumed = run.begin(args, data, inputs.config, tokenizer, processes)
     start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
