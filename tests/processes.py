@@ -32,7 +32,7 @@ class Server:
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
-    def ask(self, timeout: float = 60, **request):
+    def ask(self, timeout: float = 180, **request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], timeout)[0]:
