@@ -29,7 +29,7 @@ from minirm import TESTED, checkpoint, run, shard
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import unescaped
 from minirm.data.demo import DEMO_DEFAULTS, use_demo
-from minirm.data.prepare import Prepared, prepare, totals
+from minirm.data.prepare import Prepared, numbers, prepare, totals
 from minirm.data.schemas import column, renames
 from minirm.errors import InputError, Parser, Stop, disk_full_line, disk_is_full, one_line, printable, refusing
 from minirm.estimate import show_plan
@@ -285,11 +285,11 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     epoch_steps, total_steps = resumed.epoch_steps, resumed.total_steps
 
     # Rows are sorted by unique tokens in either layout, so that both take the same steps.
-    lengths = {part: getattr(data, part)["shared_tokens"][:] for part in ("train", "eval")}
-    pairs = {part: getattr(data, part)["pairs"][:] for part in ("train", "eval")}
-    weights = pairs["train"]
+    lengths = {part: numbers(getattr(data, part), "shared_tokens") for part in ("train", "eval")}
+    pairs = {part: numbers(getattr(data, part), "pairs") for part in ("train", "eval")}
+    weights = pairs["train"].double()
     if args.pair_weight == "prompt":  # a prompt counts as one, however many groups its comparisons fell into
-        weights = [n / of for n, of in zip(weights, data.train["prompt_pairs"])]
+        weights = weights / numbers(data.train, "prompt_pairs")
     cut = {"batch_size": args.per_device_train_batch_size, "micro_batch_tokens": args.micro_batch_tokens}
     plan_of = partial(make_plan, world_size=world_size, seed=args.seed, **cut)
     eval_plan = plan_of(lengths["eval"], pairs["eval"], shuffle=False)
@@ -336,7 +336,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
         return batch, rewards, comparison_loss(args, batch, rewards) if groups else rewards[0, :0]
 
     held_out = describe(data.eval, args.eval_data or args.train_data, args.pair_weight == "prompt")
-    pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"])  # [g]: numbers of its pairs
+    pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"].tolist())  # [g]: numbers of its pairs
 
     def log(row: dict) -> None:
         """Append one line to metrics.jsonl. On the first process."""
@@ -404,8 +404,9 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
         for m, micro_step in enumerate(micro_steps):
             shard.begin_micro_step(model, last=m == len(micro_steps) - 1)
             batch, rewards, pair_losses = compute("train", micro_step[rank])
-            weight = [weights[g] / pairs["train"][g] for g in micro_step[rank] for _ in range(pairs["train"][g])]
-            weight = torch.tensor(weight).to(device, non_blocking=True)  # [P]; a plain copy would wait for the GPU
+            here = torch.tensor(micro_step[rank], dtype=torch.int64)
+            weight = (weights[here] / pairs["train"][here]).repeat_interleave(pairs["train"][here]).float()  # [P]
+            weight = weight.to(device, non_blocking=True)  # a plain copy would wait for the GPU
             loss_sum = (pair_losses * weight).sum()
             # FSDP averages over ranks; times world_size makes that a sum. So the step's loss is the weighted mean over its
             # pairs exactly, however they fall on micro-steps and ranks, in the last, shorter step of an epoch as well.

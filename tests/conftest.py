@@ -141,6 +141,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker("core")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Runs within a test draw no curves.png, which would take longer than the run; test_plot.py is about that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.path.name != "test_plot.py":
+            patch.setitem(sys.modules, "matplotlib", None)
+        return (yield)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "core: passes at both ends of the tested ranges of torch and transformers")
 

@@ -5,6 +5,7 @@ forks itself into the processes of every run, which then go the way of `torchrun
 on in the environment. Without torchrun's agent nobody tidies up after them: what ends them is minirm alone.
 """
 
+import importlib
 import json
 import os
 import select
@@ -98,8 +99,17 @@ class Run:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    import torch.distributed.tensor._ops  # noqa: F401 - what a run would import late, or make once, is made here
+    import transformers.optimization  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import train
 
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell ignores SIGINT in what it starts with &, nohup SIGHUP
+        signal.signal(number, signal.SIG_DFL)
+    get_checkpoint_conversion_mapping("llama")
+    for name in ("gpt2", "gptj", "llama"):
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     sys.modules["matplotlib"] = None  # as if it were not there: a picture of every run would take longer than the run
 
     codes: dict[int, int | None] = {}

@@ -42,6 +42,44 @@ def test_every_group_comes_exactly_once(world_size, batch_size, accumulation, co
     assert sum(len(s.micro_steps) < accumulation or len(groups_of([s])) < per_step for s in plan) <= 1  # the last one
 
 
+def plan_by_lists(lengths, weights, world_size, batch_size, accumulation, seed, epoch, shuffle, micro_batch_tokens):
+    """What make_plan does, all steps at once and slowly."""
+    count, per_step = len(lengths), world_size * batch_size * accumulation
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(count, generator=generator).tolist() if shuffle else list(range(count))
+    window = per_step * WINDOW_STEPS if shuffle else max(1, count)
+    steps = []
+    for begin in range(0, count, window):
+        groups = sorted(order[begin : begin + window], key=lambda g: (-lengths[g], g))
+        for i in range(0, len(groups), per_step):
+            left, micro_steps = groups[i : i + per_step], []
+            weight = sum(weights[g] for g in left)
+            while left:
+                size = world_size * batch_size
+                if micro_batch_tokens:
+                    size = world_size * max(1, micro_batch_tokens // lengths[left[0]])
+                there_and_back = 1 - 2 * (len(micro_steps) % 2)
+                micro_steps.append([left[:size][rank::world_size] for rank in range(world_size)][::there_and_back])
+                left = left[size:]
+            steps.append(Step(micro_steps, weight))
+    return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()] if shuffle else steps
+
+
+@pytest.mark.parametrize("tokens", [0, 900])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("count", [1, 7, 131, 1000])
+def test_steps_worked_out_one_by_one_are_those_worked_out_all_at_once(count, shuffle, tokens):
+    lengths, pairs = data(count)
+    weights = [n / 3 for n in pairs]
+    for shape in SHAPES[:8]:
+        names = ("world_size", "batch_size", "accumulation", "seed", "epoch", "shuffle", "micro_batch_tokens")
+        options = dict(zip(names, (*shape, 3, 1, shuffle, tokens)))
+        plan, wanted = make_plan(lengths, weights, **options), plan_by_lists(lengths, weights, **options)
+        assert list(plan) == wanted and plan[-1] == wanted[-1] and plan[1:3] == wanted[1:3]
+        with pytest.raises(IndexError):
+            plan[len(wanted)]
+
+
 def test_a_step_by_hand():
     """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt out one to a rank, there and back; pairs 6+3+5+1 = 15 and 4+2 = 6."""
     plan = make_plan(
@@ -79,7 +117,7 @@ def test_more_ranks_than_groups():
 
 
 def test_nothing_to_plan():
-    assert make_plan([], [], world_size=2, batch_size=1) == []
+    assert len(make_plan([], [], world_size=2, batch_size=1)) == 0
     assert steps_per_epoch(0, 2, 1, 4) == 0
 
 
@@ -88,10 +126,10 @@ def test_the_plan_is_the_same_on_every_rank():
     lengths, pairs = data(100)
     arguments = {"world_size": 2, "batch_size": 2, "accumulation": 2, "seed": 5, "epoch": 3}
     before = torch.get_rng_state()
-    first = make_plan(lengths, pairs, **arguments)
+    first = list(make_plan(lengths, pairs, **arguments))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1234), torch.rand(7)
-    assert make_plan(lengths, pairs, **arguments) == first
+    assert list(make_plan(lengths, pairs, **arguments)) == first
 
 
 def test_every_epoch_and_every_seed_has_its_own_order():

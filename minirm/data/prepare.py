@@ -17,12 +17,14 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import pyarrow
 import torch
 from datasets import List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -33,6 +35,7 @@ from minirm.data import schemas
 from minirm.data.chat import join, render
 from minirm.data.sources import fingerprint, read_rows
 from minirm.data.tokens import tokenise, tokenizer_state
+from minirm.data.workers import on_all_cores
 from minirm.errors import InputError, one_line, printable
 from minirm.files import whole_folder
 
@@ -203,19 +206,26 @@ def prompt_key(example: dict) -> int:
 
 
 def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """Some prompts at a time, each a list of its chosen ([N] bool) examples; in the order in which prompts first occur."""
+    """CHUNK prompts at a time, each a list of its chosen ([N] bool) examples; in the order in which prompts first occur."""
+    return (read_prompts(texts, *chunk) for chunk in chunks(texts, chosen))
+
+
+def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """CHUNK prompts at a time: how many chosen examples each has, and their rows one after the other."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
     first = torch.full_like(place, len(rows)).scatter_reduce_(0, prompt, place, "amin")[prompt]
     first, order = first.sort(stable=True)
     sizes = first.unique_consecutive(return_counts=True)[1].split(CHUNK)
-    with tqdm(total=sum(map(len, sizes)), desc="tokenising", unit=" prompts", leave=False, disable=None) as bar:
-        for some, here in zip(sizes, rows[order].split([int(some.sum()) for some in sizes])):
-            columns = texts.rows[here.tolist()]
-            examples = (dict(zip(columns, values)) for values in zip(*columns.values()))
-            yield [list(islice(examples, n)) for n in some.tolist()]
-            bar.update(len(some))
+    return list(zip(sizes, rows[order].split([int(some.sum()) for some in sizes])))
+
+
+def read_prompts(texts: Texts, sizes: Tensor, rows: Tensor) -> list[list[dict]]:
+    """The examples of some prompts: one of `chunks`."""
+    columns = texts.rows[rows.tolist()]
+    examples = (dict(zip(columns, values)) for values in zip(*columns.values()))
+    return [list(islice(examples, n)) for n in sizes.tolist()]
 
 
 def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
@@ -275,6 +285,11 @@ def prepare(
     return Prepared(*parts, report, prints)
 
 
+def numbers(groups: datasets.Dataset, column: str) -> Tensor:
+    """[G] int32: a column that holds one number for each group."""
+    return torch.tensor(groups.data.column(column).to_numpy())
+
+
 def write_groups(
     folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
 ) -> dict[str, list]:
@@ -291,17 +306,34 @@ def write_groups(
         parts = {"train": (train, ~out, "worth"), "eval": (train._replace(report=read), out, "worth")}
     report = {}
     for part, (texts, picked, keep) in parts.items():
-        counts = [Counter() for _ in texts.report]
-        with ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES, writer_batch_size=CHUNK) as writer:
-            for prompts in by_prompt(texts, picked):
-                for group, _ in tokenise(prompts, tokenizer, counts, keep=keep, **rules):
-                    writer.write(group)
+        todo, job = chunks(texts, picked), partial(groups_of, texts, tokenizer, keep, rules)
+        counts: list[dict] = [{} for _ in texts.report]
+        with (
+            ArrowWriter(path=str(folder / f"{part}.arrow"), features=FEATURES) as writer,
+            tqdm(total=sum(len(sizes) for sizes, _ in todo), desc="tokenising", unit=" prompts", leave=False, disable=None) as bar,
+        ):  # fmt: skip
+            for groups, own in on_all_cores(job, todo):
+                writer.write_table(pyarrow.ipc.open_stream(groups).read_all())
+                counts = [totals(both) for both in zip(counts, own)]
+                bar.update(CHUNK)
             writer.finalize()
-        report[part] = [row | own for row, own in zip(texts.report, counts)]
+        report[part] = [row | dict(own) for row, own in zip(texts.report, counts)]
     return report
 
 
-def totals(report: Iterable[dict]) -> Counter:
+def groups_of(
+    texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor
+) -> tuple[bytes, list[Counter]]:
+    """The groups of one of `chunks`, as an Arrow stream, and the counts of each source."""
+    counts = [Counter() for _ in texts.report]
+    groups = [group for group, _ in tokenise(read_prompts(texts, sizes, rows), tokenizer, counts, keep=keep, **rules)]
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(stream, FEATURES.arrow_schema) as out:
+        out.write_table(pyarrow.Table.from_pylist(groups, FEATURES.arrow_schema))
+    return stream.getvalue().to_pybytes(), counts
+
+
+def totals(report: Iterable[Mapping]) -> Counter:
     """The counts of all sources of a part in one."""
     total: Counter = Counter()
     for name, value in (item for row in report for item in row.items()):

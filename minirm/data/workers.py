@@ -1,0 +1,62 @@
+"""A function on all cores of this machine: in processes, with the results in order."""
+
+import ctypes
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from minirm.errors import Stop
+from minirm.signals import SIGNALS
+
+AHEAD = 4  # tasks of each process that are under way or waiting to be taken: enough to keep it busy
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+_job: tuple[Callable, Sequence[tuple]]  # in a process of the pool: the function and all its tasks
+
+
+def on_all_cores(function: Callable, tasks: Sequence[tuple], processes: int = 0) -> Iterator[Any]:
+    """function(*task) for each task, in order, by so many processes (0: one for each core that this one may use).
+
+    The processes are forked and share what function and tasks hold; only results are sent. A single task is computed here.
+    Raises what the first task that fails raises, and Stop if a process is killed.
+    """
+    processes = min(processes or len(os.sched_getaffinity(0)), len(tasks))
+    if processes < 2:
+        yield from (function(*task) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin, (os.getpid(), function, tasks))
+    waiting: deque = deque()
+    try:
+        for number in range(len(tasks)):
+            waiting.append(pool.submit(_compute, number))
+            if len(waiting) == AHEAD * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise Stop("a process that prepared data was killed, perhaps for want of memory; nothing was kept", 3) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(parent: int, function: Callable, tasks: Sequence[tuple]) -> None:
+    """In a new process: it ends with its parent, leaves signals to it, and has one core."""
+    global _job
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job = function, tasks
+
+
+def _compute(number: int) -> Any:
+    function, tasks = _job
+    return function(*tasks[number])
