@@ -4,6 +4,10 @@ Read it from top to bottom: flags, set-up, then one explicit loop. Whatever hold
 minirm/.
 """
 
+import gc
+
+gc.disable()  # imports create a million objects that stay; searching them for garbage takes a third of the start
+
 import argparse
 import math
 import os
@@ -50,6 +54,9 @@ from minirm.rows import Batch, collate
 from minirm.signals import Watch, interrupted
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 from minirm.weights import brings_head, choose_precision, export, load_weights, stored_weights
+
+gc.freeze()  # nor search them later, in every process and at its exit
+gc.enable()
 
 HEAD_RATE = 10  # times --learning_rate: a new head has further to go than layers that are trained already
 LOWEST_SCALE = 1.0  # of the loss in fp16: when even this overflows, scaling is no help

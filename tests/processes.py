@@ -5,6 +5,7 @@ forks itself into the processes of every run, which then go the way of `torchrun
 on in the environment. Without torchrun's agent nobody tidies up after them: what ends them is minirm alone.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -112,6 +113,7 @@ def serve() -> None:
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     sys.modules["matplotlib"] = None  # as if it were not there: a picture of every run would take longer than the run
 
+    gc.freeze()  # a child that looks for garbage in what all share would copy it
     codes: dict[int, int | None] = {}
 
     def ended(pid: int) -> bool:

@@ -43,6 +43,13 @@ def inputs(folder):
     ]
 
 
+@pytest.fixture(scope="module")
+def straight(server, inputs, folder):
+    """Output folder of that run on two processes that nothing disturbs."""
+    assert server.run(*inputs, "--output_dir", folder / "straight", world=2).codes == [0, 0]
+    return folder / "straight"
+
+
 def training(output):
     return [row for row in read_metrics(output) if "loss" in row]
 
@@ -57,10 +64,9 @@ def test_six_kills_at_random_moments_change_nothing(server, tmp_path):
     assert sum(report["kills"].values()) == 6 and report["kills"]["saving, the first time"] >= 1
 
 
-def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(server, inputs, tmp_path):
+def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(server, inputs, straight, tmp_path):
     """Each signal once along one run, also between the checkpoints that --save_steps asks for."""
-    straight, output = tmp_path / "straight", tmp_path / "stopped"
-    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+    output = tmp_path / "stopped"
     for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGHUP, [0])):
         run = server.start(*inputs, "--output_dir", output, world=2)
         before = len(training(output)) if (output / "metrics.jsonl").exists() else 0
@@ -132,9 +138,8 @@ def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, inputs, 
     assert run.wait(30) == [143] and "SIGTERM: stopped" in run.text()
 
 
-def test_a_signal_in_an_evaluation_cuts_it_short_and_the_resumed_run_makes_it_up(server, inputs, tmp_path):
-    straight, output = tmp_path / "straight", tmp_path / "stopped"
-    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+def test_a_signal_in_an_evaluation_cuts_it_short_and_the_resumed_run_makes_it_up(server, inputs, straight, tmp_path):
+    output = tmp_path / "stopped"
     patch = """
 measured, agreed = [], train.run.agreed
 def signalled(caught):
@@ -151,20 +156,19 @@ train.run.agreed = signalled
     assert compare(straight, output) == []
 
 
+# kill -9 of the process that started this one, and some time for the signal that follows.
 ORPHAN = """
 import os, time
 from minirm import checkpoint
-name = os.environ["KILL_WHILE"]
-module, _, function = name.rpartition(".")
-owner = {"run": train.run, "checkpoint": checkpoint, "train": train}[module]
-original, calls = getattr(owner, function), []
+owner, name = {{"run": train.run, "checkpoint": checkpoint, "train": train}}[{owner!r}], {name!r}
+original, calls = getattr(owner, name), []
 def killed(*arguments, **options):
     calls.append(1)
-    if rank == 0 and len(calls) == int(os.environ["KILL_CALL"]):
+    if rank == 0 and len(calls) == {call}:
         os.kill(os.getppid(), 9)
         time.sleep(1.5)
     return original(*arguments, **options)
-setattr(owner, function, killed)
+setattr(owner, name, killed)
 """
 # What torchrun starts: train.py, with a patch before.
 PATCHED = """
@@ -173,75 +177,104 @@ import train
 exec(os.environ["PATCH"], {"train": train, "rank": int(os.environ["RANK"])})
 sys.exit(train.main())
 """
+# In place of train.py: torchrun's agent, whose two processes are forked, so that nothing is imported again.
+AGENT = """
+import os, sys
+from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def work(argv):
+    rank = int(os.environ["RANK"])
+    Path({pids!r}, str(os.getpid())).touch()
+    exec({patch!r}, {{"train": train, "rank": rank}})
+    sys.exit(main(argv))
+def launch(argv):
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts={restarts}, start_method="fork")
+    elastic_launch(config, work)(argv)
+    return 0
+main, train.main = train.main, launch
+"""
 
 
-def torchrun(script, flags, log, **env) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
+def torchrun(script, flags, log, restarts=0, **env) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"--max_restarts={restarts}", script, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
     return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
 
 
-def workers(output: Path) -> list[int]:
-    """Processes whose command line names the output folder, but for a torchrun."""
-    found = []
+def alive(folder: Path) -> list[str]:
+    """Processes of a launcher, by the files that they left in the folder, or by command lines that name it."""
+    named = [*(path.name for path in folder.glob("pids/*"))]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if str(output).encode() in words and b"torch.distributed.run" not in words:
-                found.append(int(path.parent.name))
-    return found
+            if str(folder / "run").encode() in words and b"torch.distributed.run" not in words:
+                named.append(path.parent.name)
+    return [pid for pid in named if Path(f"/proc/{pid}/exe").exists()]  # not of one that is dead
 
 
-def test_a_run_whose_torchrun_is_killed_saves_and_ends_by_itself(server, inputs, tmp_path):
-    """kill -9 of torchrun during training, evaluation and saving; then the same flags go on, equal to the bit."""
-    straight, output = tmp_path / "straight", tmp_path / "orphaned"
-    assert server.run(*inputs, "--output_dir", straight, world=2).codes == [0, 0]
+@pytest.mark.parametrize("launcher", ["torchrun", "agent"])
+def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, inputs, straight, tmp_path, launcher):
+    """kill -9 during training, evaluation and saving; then the same flags go on, equal to the bit."""
+    output, log, pids = tmp_path / "run", tmp_path / "log", tmp_path / "pids"
+    pids.mkdir()
     (tmp_path / "patched.py").write_text(PATCHED)
-    for name, call in (("train.comparison_loss", 4 + 2 * 4), ("run.agreed", 4), ("checkpoint.save", 1)):
-        with open(tmp_path / "log", "w") as log:
-            env = {"PATCH": ORPHAN, "KILL_WHILE": name, "KILL_CALL": str(call)}
-            run = torchrun(tmp_path / "patched.py", [*inputs, "--output_dir", output], log, **env)
-            assert run.wait(120) == -signal.SIGKILL
+    moments = [("train", "comparison_loss", 4 + 2 * 4), ("run", "agreed", 4), ("checkpoint", "save", 1)]
+    for owner, name, call in moments if launcher == "agent" else moments[:1]:
+        patch, flags = ORPHAN.format(owner=owner, name=name, call=call), [*inputs, "--output_dir", output]
+        if launcher == "agent":
+            run = server.start(*flags, patch=AGENT.format(pids=str(pids), patch=patch, restarts=0))
+            assert run.wait() == [-signal.SIGKILL], run.text()
+            log = run.log
+        else:
+            with open(log, "w") as file:
+                assert torchrun(tmp_path / "patched.py", flags, file, PATCH=patch).wait(120) == -signal.SIGKILL
         end = time.monotonic() + 60
-        while workers(output):
-            assert time.monotonic() < end, (tmp_path / "log").read_text()
+        while alive(tmp_path):
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.1)
-        text = (tmp_path / "log").read_text()
-        assert "SIGTERM: stopped after step" in text and "Traceback" not in text, text
+        assert "SIGTERM: stopped after step" in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
         step = max(checkpoints(output))
         assert verify(checkpoints(output)[step]) and len(training(output)) == step < 12
     assert server.run(*inputs, "--output_dir", output, world=2).codes == [0, 0]
     assert compare(straight, output) == []
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_torchrun_starts_a_run_again_that_lost_a_process(inputs, tmp_path, restarts):
-    output = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    steps = ["--max_steps", 12 if restarts else 1000]
-    flags = [*torchrun, f"--max_restarts={restarts}", ROOT / "train.py", *inputs, "--output_dir", output, *steps]
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(
-            list(map(str, flags)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        try:
-            end = time.monotonic() + 90
-            while not checkpoints(output):
-                assert time.monotonic() < end and run.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.01)
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            code = run.wait(60 if not restarts else 120)
-        finally:
-            if run.poll() is None:
-                run.terminate()
-    text = (tmp_path / "log").read_text()
-    if restarts:
-        assert code == 0 and "goes on from" in text, text
-        assert [row["step"] for row in training(output)] == list(range(1, 13))
-    else:
-        assert code != 0 and "Signal 9 (SIGKILL) received" in text, text
-        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+def test_torchrun_starts_a_run_again_that_lost_a_process(server, inputs, tmp_path):
+    patch = """
+import os
+from minirm import checkpoint
+save = checkpoint.save
+def killed(*arguments, **options):
+    line = save(*arguments, **options)
+    if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), 9)
+    return line
+checkpoint.save = killed
+"""
+    (tmp_path / "pids").mkdir()
+    agent = AGENT.format(pids=str(tmp_path / "pids"), patch=patch, restarts=1)
+    run = server.run(*inputs, "--output_dir", tmp_path / "run", patch=agent)
+    assert run.codes == [0] and "goes on from" in run.text(), run.text()
+    assert [row["step"] for row in training(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_torchrun_ends_a_run_that_lost_a_process(inputs, tmp_path):
+    output, log = tmp_path / "run", tmp_path / "log"
+    with open(log, "w") as file:
+        run = torchrun(ROOT / "train.py", [*inputs, "--output_dir", output, "--max_steps", 1000], file)
+    try:
+        end = time.monotonic() + 90
+        while not checkpoints(output):
+            assert time.monotonic() < end and run.poll() is None, log.read_text()
+            time.sleep(0.01)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert run.wait(60) != 0
+    finally:
+        if run.poll() is None:
+            run.terminate()
+    assert "Signal 9 (SIGKILL) received" in log.read_text(), log.read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
 # -- Numbers that are none. ----------------------------------------------------------------------------------------------
