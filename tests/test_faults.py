@@ -5,7 +5,6 @@
 The long forms are tests/bench/crash.py and tests/bench/fuzz.py.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -156,10 +155,12 @@ train.run.agreed = signalled
     assert compare(straight, output) == []
 
 
-# kill -9 of the process that started this one, and some time for the signal that follows.
+# kill -9 of the process that started this one, and some time for the signal that follows. A file tells each process's id.
 ORPHAN = """
 import os, time
+from pathlib import Path
 from minirm import checkpoint
+Path({pids!r}, str(os.getpid())).touch()
 owner, name = {{"run": train.run, "checkpoint": checkpoint, "train": train}}[{owner!r}], {name!r}
 original, calls = getattr(owner, name), []
 def killed(*arguments, **options):
@@ -180,12 +181,9 @@ sys.exit(train.main())
 # In place of train.py: torchrun's agent, whose two processes are forked, so that nothing is imported again.
 AGENT = """
 import os, sys
-from pathlib import Path
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 def work(argv):
-    rank = int(os.environ["RANK"])
-    Path({pids!r}, str(os.getpid())).touch()
-    exec({patch!r}, {{"train": train, "rank": rank}})
+    exec({patch!r}, {{"train": train, "rank": int(os.environ["RANK"])}})
     sys.exit(main(argv))
 def launch(argv):
     config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts={restarts}, start_method="fork")
@@ -195,48 +193,40 @@ main, train.main = train.main, launch
 """
 
 
-def torchrun(script, flags, log, restarts=0, **env) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [f"--max_restarts={restarts}", script, *flags]
+def torchrun(script, flags, log, **env) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
-    return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=env)
-
-
-def alive(folder: Path) -> list[str]:
-    """Processes of a launcher, by the files that they left in the folder, or by command lines that name it."""
-    named = [*(path.name for path in folder.glob("pids/*"))]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().split(b"\0")
-            if str(folder / "run").encode() in words and b"torch.distributed.run" not in words:
-                named.append(path.parent.name)
-    return [pid for pid in named if Path(f"/proc/{pid}/exe").exists()]  # not of one that is dead
+    with open(log, "w") as file:
+        return subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=env)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "agent"])
 def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, inputs, straight, tmp_path, launcher):
-    """kill -9 during training, evaluation and saving; then the same flags go on, equal to the bit."""
+    """kill -9 of torchrun during training, of its agent during training, evaluation and saving; then the same flags go on,
+    equal to the bit."""
     output, log, pids = tmp_path / "run", tmp_path / "log", tmp_path / "pids"
     pids.mkdir()
     (tmp_path / "patched.py").write_text(PATCHED)
+    flags = [*inputs, "--output_dir", output]
     moments = [("train", "comparison_loss", 4 + 2 * 4), ("run", "agreed", 4), ("checkpoint", "save", 1)]
     for owner, name, call in moments if launcher == "agent" else moments[:1]:
-        patch, flags = ORPHAN.format(owner=owner, name=name, call=call), [*inputs, "--output_dir", output]
+        patch = ORPHAN.format(pids=str(pids), owner=owner, name=name, call=call)
         if launcher == "agent":
-            run = server.start(*flags, patch=AGENT.format(pids=str(pids), patch=patch, restarts=0))
-            assert run.wait() == [-signal.SIGKILL], run.text()
-            log = run.log
+            run = server.start(*flags, patch=AGENT.format(patch=patch, restarts=0))
+            code, log = run.wait()[0], run.log
         else:
-            with open(log, "w") as file:
-                assert torchrun(tmp_path / "patched.py", flags, file, PATCH=patch).wait(120) == -signal.SIGKILL
+            code = torchrun(tmp_path / "patched.py", flags, log, PATCH=patch).wait(120)
+        assert code == -signal.SIGKILL, log.read_text()
+        workers = [path.name for path in pids.iterdir()]
         end = time.monotonic() + 60
-        while alive(tmp_path):
+        while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):  # a dead one that nobody waited for has no exe
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.1)
         assert "SIGTERM: stopped after step" in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
         step = max(checkpoints(output))
         assert verify(checkpoints(output)[step]) and len(training(output)) == step < 12
-    assert server.run(*inputs, "--output_dir", output, world=2).codes == [0, 0]
+        assert len(workers) == 2 * (1 + moments.index((owner, name, call)))
+    assert server.run(*flags, world=2).codes == [0, 0]
     assert compare(straight, output) == []
 
 
@@ -251,8 +241,7 @@ def killed(*arguments, **options):
     return line
 checkpoint.save = killed
 """
-    (tmp_path / "pids").mkdir()
-    agent = AGENT.format(pids=str(tmp_path / "pids"), patch=patch, restarts=1)
+    agent = AGENT.format(patch=patch, restarts=1)
     run = server.run(*inputs, "--output_dir", tmp_path / "run", patch=agent)
     assert run.codes == [0] and "goes on from" in run.text(), run.text()
     assert [row["step"] for row in training(tmp_path / "run")] == list(range(1, 13))
@@ -260,8 +249,7 @@ checkpoint.save = killed
 
 def test_torchrun_ends_a_run_that_lost_a_process(inputs, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
-    with open(log, "w") as file:
-        run = torchrun(ROOT / "train.py", [*inputs, "--output_dir", output, "--max_steps", 1000], file)
+    run = torchrun(ROOT / "train.py", [*inputs, "--output_dir", output, "--max_steps", 1000], log)
     try:
         end = time.monotonic() + 90
         while not checkpoints(output):
