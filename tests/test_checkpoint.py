@@ -317,7 +317,7 @@ def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, input
 
 
 def test_the_best_comes_through_other_numbers_of_processes_to_the_bit(server, worsening, worse, tmp_path):
-    for world, steps in ((2, 3), (3, 5), (1, 8)):
+    for world, steps in ((2, 3), (3, 5), (1, 7), (2, 8)):
         run = server.run(*worsening, "--max_steps", steps, "--output_dir", tmp_path / "run", world=world)
         assert run.codes == [0] * world, run.text()
     assert min(losses(tmp_path / "run"), key=losses(tmp_path / "run").get) == 2

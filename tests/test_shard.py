@@ -170,9 +170,9 @@ def assert_close(got, wanted, tolerance):
 
 
 def test_eight_processes_and_hybrid_meshes_take_the_ten_steps_of_one(server, model_folder, tmp_path):
-    """2 x 4: two copies, each on four processes. 2 x 2 is in the next test."""
+    """2 x 2 and 2 x 4: two copies, each on two or four processes."""
     model, data = model_folder("gptj", n_layer=8), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
-    shapes = {"one": (1, 0), "eight": (8, 0), "2 x 4": (8, 4)}
+    shapes = {"one": (1, 0), "eight": (8, 0), "2 x 2": (4, 2), "2 x 4": (8, 4)}
     wanted = None
     for name, (world, size) in shapes.items():
         got = losses(server, model, data, tmp_path / name, [(world, size, 10)], "--save_steps", 0)
