@@ -41,7 +41,7 @@ from minirm.files import as_json
 from minirm.freeze import Frozen, find_blocks, freeze_bottom_layers
 from minirm.lora import add_lora, init_lora, merge, save_adapter
 from minirm.loss import centering_loss, divergence_loss, pairwise_loss
-from minirm.model import RewardModel, check_fit, empty_model, load_config
+from minirm.model import LOADER, RewardModel, check_fit, empty_model, load_config
 from minirm.plan import make_plan
 from minirm.plot import save_curves
 from minirm.probe import probe_shared_rows
@@ -503,7 +503,8 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
                 export(state, inputs.config, tokenizer, folder, notes)
                 if args.lora_rank:
                     save_adapter(model, gathered, args.model, folder / "adapter")
-                (folder / "README.md").write_text(model_card(args, data.report, result, tokenizer, output))
+                card = model_card(args, data.report, result, tokenizer, output, (folder / LOADER).exists())
+                (folder / "README.md").write_text(card)
             run.finish(output, total_steps)
 
     shard.on_first_process(patient, write_model)

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import re
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto import modeling_auto as auto
 
 from minirm.data.chat import set_chat_template
@@ -63,25 +65,18 @@ def load_config(name: str, chat_template: str | None = None):
     # Errors here are of many kinds: huggingface_hub's, each tokenizer's, whatever a wrong number in a config leads to.
     with refusing(f"--model {name}: no such model folder or name, or not one for transformers"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # False: else it asks on the terminal
+    if method := quantised(config):
+        raise InputError(
+            f"--model {name}: its weights are quantised ({method}), which cannot be trained; give the model it was made from"
+        )
+    whole, config = config, config.get_text_config(decoder=True)  # of a model that sees or hears, the decoder alone
     kind = type(config)
     causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-    if config.is_encoder_decoder or not causal:
+    causal |= whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if config.is_encoder_decoder or not causal or kind not in auto.MODEL_MAPPING:
         raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
-    if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise InputError(
-            f"--model {name}: transformers has no sequence-classification class for {config.model_type}, so nothing could "
-            "load the trained reward model; choose another model family"
-        )
-    if config.get_text_config() is not config:
-        raise InputError(f"--model {name}: {config.model_type} is more than a language model; give its text model")
-    theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
     with refusing(f"--model {name}: transformers cannot make a model of its config.json"), torch.device("meta"):
-        names = theirs._from_config(copy.deepcopy(config)).state_dict()
-    if heads := {n for n in names if not n.startswith(theirs.base_model_prefix + ".")} - {"score.weight"}:
-        raise InputError(
-            f"--model {name}: {theirs.__name__} is more than a linear head on the last token ({', '.join(sorted(heads))}), "
-            "so it could not load the trained reward model; choose another model family"
-        )
+        classifier(config)._from_config(copy.deepcopy(config))
     with refusing(f"--model {name}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -97,6 +92,67 @@ def load_config(name: str, chat_template: str | None = None):
     # num_labels is derived from id2label; without problem_type the pipeline and vLLM apply a sigmoid.
     config.id2label, config.label2id, config.problem_type = {0: "LABEL_0"}, {"LABEL_0": 0}, "regression"
     return config, tokenizer
+
+
+def quantised(config) -> str:
+    """How the weights of a model are quantised: "gptq", "awq", "bitsandbytes", ...; "" if they are not."""
+    about = getattr(config, "quantization_config", None) or {}
+    about = about if isinstance(about, dict) else about.to_dict()
+    return str(about.get("quant_method", "quantization_config")) if about else ""
+
+
+def classifier(config) -> type[PreTrainedModel]:
+    """The class by which a reward model is saved and loaded: trunk and `score`, for sequences with one label.
+
+    That of transformers. A decoder without one, or with one that has another head, gets a class of the same layout;
+    `loader` is its source for others.
+    """
+    kind = type(config)
+    theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
+    if theirs and (kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or _only_scores(theirs, config)):
+        return theirs
+    trunk = auto.MODEL_MAPPING[kind]
+    lm = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, trunk)
+    base = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
+    # vLLM finds the model by what stands before ForSequenceClassification.
+    name = re.sub("(LMHeadModel|ForCausalLM|Model)$", "", lm.__name__) + "ForSequenceClassification"
+    prefix = trunk.base_model_prefix or "model"
+    return type(
+        name,
+        (GenericForSequenceClassification, base),
+        {"__module__": base.__module__, "config_class": kind, "base_model_prefix": prefix},
+    )
+
+
+def _only_scores(cls, config) -> bool:
+    """Whether a class of transformers is a trunk and a linear head by the name of `score`, and nothing else."""
+    if issubclass(cls, GenericForSequenceClassification):
+        return True
+    with torch.device("meta"):
+        names = cls._from_config(copy.deepcopy(config)).state_dict()
+    return {name for name in names if not name.startswith(cls.base_model_prefix + ".")} == {"score.weight"}
+
+
+LOADER = "modeling_reward.py"  # beside the weights of a family without a class in transformers
+
+
+def loader(config) -> str:
+    """Source of LOADER: `classifier(config)` for programs that have transformers alone; "" where transformers has it."""
+    cls = classifier(config)
+    if cls is auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None):
+        return ""
+    base = cls.__bases__[1]
+    return f'''"""A decoder with a linear head that rewards the last token; transformers has no such class for this family."""
+
+from transformers.modeling_layers import GenericForSequenceClassification
+from {config.__module__} import {type(config).__name__}
+from {base.__module__} import {base.__name__}
+
+
+class {cls.__name__}(GenericForSequenceClassification, {base.__name__}):
+    config_class = {type(config).__name__}
+    base_model_prefix = "{cls.base_model_prefix}"
+'''
 
 
 def check_fit(args, config, counts: dict) -> None:

@@ -62,7 +62,7 @@ def trying() -> Iterator[None]:
 def small_model(config, max_length=math.inf):
     """A random fp32 trunk of the kind that `config` describes, patched by `use_sdpa` as the real one is."""
     options = {"dtype": torch.float32, "trust_remote_code": False}  # False: else it asks on the terminal
-    small = _shrunk(config, max_length)
+    small = shrunk(config, max_length)
     with torch.device("meta"):  # shapes without memory, the full size included
         whole, sketch = (AutoModel.from_config(copy.deepcopy(c), **options) for c in (config, small))
     if missing := _kinds(whole) - _kinds(sketch):
@@ -107,7 +107,7 @@ def _kinds(model):
     }
 
 
-def _shrunk(config, max_length):
+def shrunk(config, max_length=math.inf):
     """A copy of the config with few layers, few heads and small tables; attention is of the same kind.
 
     The size of a head stays: rotary dimensions, scaling factors and norms hang on it.

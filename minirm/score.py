@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import set_chat_template, unescaped
@@ -34,6 +34,7 @@ from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
 from minirm.files import as_json, writing
+from minirm.model import classifier
 from minirm.probe import probe_shared_rows
 from minirm.report.benchmarks import best_of_n, reward_bench, reward_bench_2, rm_bench
 from minirm.report.measure import agreement, by_name, calibration, file_names
@@ -77,9 +78,8 @@ def load_config(name: str) -> tuple:
 
 def load_model(name: str, config, dtype):
     """In evaluation mode. Raises InputError if its weights cannot be loaded, or are not all there."""
-    options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     with loading(name):
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+        model, info = classifier(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")
     return model.eval()

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from minirm.errors import InputError, refusing
-from minirm.model import RewardModel, init_head, saved_tensors, width
+from minirm.model import LOADER, RewardModel, classifier, init_head, loader, saved_tensors, width
 
 SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
@@ -43,16 +43,14 @@ def stored_weights(
     what transformers converts while it loads, and whatever is wrong. All that is for `load_weights`.
     seed, published: of the head, see `init_head`, where `name` is no reward model.
     """
-    trunk, prefix, places = model.trunk, model.trunk.base_model_prefix + ".", {}
+    trunk = model.trunk
     try:  # what is wrong here load_weights will say
         stored = AutoConfig.from_pretrained(name)
-        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
-        for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no dict
-                    places[key.removeprefix(prefix)] = path, key, file.get_slice(key).get_shape()
+        tensors = stored_tensors(name)
     except Exception:  # noqa: BLE001
         return None
+    prefix = trunk_prefix(tensors, trunk)
+    places = {key.removeprefix(prefix): (path, key, shape) for key, (path, shape) in tensors.items()}
     wanted = {key.removeprefix("trunk."): tensor for key, tensor in saved_tensors(model)}
     shapes = {key: list(tensor.shape) for key, tensor in wanted.items()}
     grown = next(key for key, tensor in wanted.items() if tensor is trunk.get_input_embeddings().weight)
@@ -61,8 +59,8 @@ def stored_weights(
         del shapes["score.weight"]
     others = [places[key][1] for key in places.keys() - trunk.state_dict().keys()]
     unlike = any(key not in places or places[key][-1] != shape for key, shape in shapes.items())
-    converted = get_model_conversion_mapping(trunk, add_legacy=False) or hasattr(stored, "quantization_config")
-    if unlike or converted or _misplaced(others, trunk):
+    converted = get_model_conversion_mapping(trunk, add_legacy=False)
+    if unlike or converted or _misplaced(others, trunk, prefix if stored.get_text_config() is not stored else ""):
         return None
 
     def read(key: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -80,6 +78,41 @@ def stored_weights(
     return read
 
 
+def stored_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
+    """{name of a tensor: (safetensors file, shape)} of a checkpoint; nothing else is read. Raises whatever goes wrong."""
+    found = {}
+    files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
+    for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no dict
+                found[key] = path, file.get_slice(key).get_shape()
+    return found
+
+
+def decoder_tensors(name: str, config, prefix: str) -> dict[str, Tensor]:
+    """The decoder's tensors and `score.weight` out of a checkpoint that holds more; the trunk's names begin with `prefix`."""
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(config)
+    stored, found = stored_tensors(name), {}
+    theirs = trunk_prefix(stored, trunk)
+    for path in sorted({path for path, _ in stored.values()}):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no dict
+                if key.startswith(theirs):
+                    found[prefix + key.removeprefix(theirs)] = file.get_tensor(key)
+                elif key == "score.weight":
+                    found[key] = file.get_tensor(key)
+    return found
+
+
+def trunk_prefix(stored: Iterable[str], trunk) -> str:
+    """What stands before the names of the trunk's tensors in a checkpoint: "model.", "model.language_model.", "", ..."""
+    names = trunk.state_dict().keys()
+    anchor = next(name for name, p in trunk.named_parameters() if p is trunk.get_input_embeddings().weight)
+    found = {key.removesuffix(anchor) for key in stored if key == anchor or key.endswith("." + anchor)}
+    return max(sorted(found), key=lambda prefix: len({prefix + name for name in names} & set(stored)), default="")
+
+
 def brings_head(name: str) -> bool:
     """Whether the model already is a reward model, whose head is kept."""
     return _is_reward_model(AutoConfig.from_pretrained(name))
@@ -89,11 +122,15 @@ def _is_reward_model(config) -> bool:
     return (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
 
 
-def _misplaced(keys, trunk) -> list[str]:
-    """Which names of stored tensors belong to the trunk, not to some head, and are of no use in it."""
+def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
+    """Which names of stored tensors belong to the trunk, not to some head, and are of no use in it.
+
+    prefix: of the trunk's names in a checkpoint that holds more than a language model.
+    """
     known = "|".join([OLD_BUFFERS, *(trunk._keys_to_ignore_on_load_unexpected or [])])
     tops = {trunk.base_model_prefix, *(name for name, _ in trunk.named_children())}
-    return sorted(key for key in keys if key.partition(".")[0] in tops and not re.search(known, key))
+    ours = [key for key in keys if (key.startswith(prefix) if prefix else key.partition(".")[0] in tops)]
+    return sorted(key for key in ours if not re.search(known, key))
 
 
 def stored_dtype(name: str) -> str:
@@ -142,15 +179,20 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     Raises InputError if weights cannot be loaded, are missing from the checkpoint, or are in it and have no place.
     """
     stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
-    cls, lm = AutoModel, auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    elif stored.get_text_config().tie_word_embeddings:  # the embeddings may be stored as those of the output
-        cls = lm
+    text = stored.get_text_config(decoder=True)
+    cls = auto.MODEL_MAPPING[type(text)]
+    if (stored.architectures or [""])[0].endswith("ForSequenceClassification"):
+        cls, text.num_labels = classifier(text), stored.num_labels
+    elif text.tie_word_embeddings and text is stored:  # the embeddings may be stored as those of the output
+        cls = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    prefix = "" if cls is auto.MODEL_MAPPING[type(text)] else cls.base_model_prefix + "."
+    source = {"pretrained_model_name_or_path": name}
     with loading(name):
-        model, info = cls.from_pretrained(name, config=stored, dtype="auto", output_loading_info=True)
+        if text is not stored:  # of a model that also sees or hears, the tensors of its decoder alone
+            source = {"pretrained_model_name_or_path": None, "state_dict": decoder_tensors(name, text, prefix)}
+        model, info = cls.from_pretrained(**source, config=text, dtype="auto", output_loading_info=True)
     trunk = model.base_model
-    wanted = f"{trunk.base_model_prefix}." if cls is lm else ""  # of a language model the trunk alone
+    wanted = "" if hasattr(model, "score") else prefix  # of a language model the trunk alone
     missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
@@ -167,12 +209,16 @@ def export(
 ) -> None:
     """Writes what `AutoModelForSequenceClassification.from_pretrained(folder)` loads, tokenizer included.
 
+    Where transformers has no such class for the family, that takes trust_remote_code=True: LOADER is the code.
+
     state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
     config.json; max_shard_size: of one file of weights; if they need several, there is an index beside them.
     """
-    cls = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    config = copy.deepcopy(config)
+    cls, config = classifier(config), copy.deepcopy(config)
     config.update(notes or {})
+    vars(config).pop("auto_map", None)  # of code beside the weights that training began with
+    if source := loader(config):
+        config.auto_map = {"AutoModelForSequenceClassification": f"{LOADER.removesuffix('.py')}.{cls.__name__}"}
     with torch.device("meta"):
         model = cls._from_config(config, dtype=state["score.weight"].dtype)
     prefix = cls.base_model_prefix + "."
@@ -180,6 +226,8 @@ def export(
     if state.keys() != model.state_dict().keys():
         raise RuntimeError(f"{cls.__name__} has other weights: {sorted(state.keys() ^ model.state_dict().keys())[:5]}")
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    if source:
+        (folder / LOADER).write_text(source)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     # Sides that were set on a tokenizer are not saved by transformers 5. Whoever cuts a text keeps the EOS that is scored.

@@ -331,14 +331,14 @@ def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
 
 def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
     """Gemma 2 cut down to its first two layers of one kind would be a model without full attention."""
-    shrunk = probe._shrunk
+    shrunk = probe.shrunk
 
     def careless(config, max_length):
         small = shrunk(config, max_length)
         small.layer_types = ["sliding_attention", "sliding_attention"]
         return small
 
-    monkeypatch.setattr(probe, "_shrunk", careless)
+    monkeypatch.setattr(probe, "shrunk", careless)
     assert "lacks" in probe_shared_rows(CONFIG_MAPPING["gemma2"]())
 
 

@@ -34,14 +34,14 @@ anything. Trained from {model} with minirm.
 
 ## Use
 
-The reward is read at {eos}, so every text ends with it. Pad on the right.{published}
+The reward is read at {eos}, so every text ends with it. Pad on the right.{code}{published}
 
 ```python
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder){half}
+model = AutoModelForSequenceClassification.from_pretrained(folder{remote}){half}
 
 def reward(prompts, completions, **_):
     gap = lambda p, c: {args.separator!r} if p[-1:].strip() and c[:1].strip() else ""  # none where whitespace stands
@@ -85,9 +85,17 @@ it is tokenised with `add_special_tokens=False`. That is what TRL does with mess
 """
 
 
-def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str:
+# What it says besides if transformers has no class for the family.
+REMOTE = """
+
+transformers has no sequence-classification class for this family. The few lines of `modeling_reward.py` beside the weights are
+one: read them, then load with `trust_remote_code=True`. vLLM and `minirm.score` need neither."""
+
+
+def model_card(args, report: dict, result: dict, tokenizer, output: Path, remote: bool = False) -> str:
     """README.md of a trained model: how good it is, how to load it, what it was trained on and how.
 
+    remote: whether it is loaded by the code beside its weights, instead of by a class of transformers.
     result: the evaluation of what is exported; output: the folder that has metrics.jsonl, and perhaps curves.png.
     """
     said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
@@ -102,6 +110,8 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path) -> str
         base_model="" if Path(args.model).exists() else f"base_model: {plain}\n",
         model=code(typed(args.model)),
         args=args,
+        remote=", trust_remote_code=True" if remote else "",
+        code=REMOTE if remote else "",
         half="" if args.precision == "fp32" else rounded,
         chat=CHAT if tokenizer.chat_template else "",
         eos=code(tokenizer.eos_token),

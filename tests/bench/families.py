@@ -1,0 +1,186 @@
+"""Which of the decoders that transformers knows can be trained: each one small and random, two steps, exported, reloaded.
+
+    pip install -e ".[test]"
+    HF_HUB_OFFLINE=1 python tests/bench/families.py [family ...] [--json FILE]
+
+For every configuration with a causal language model: `train.py` for two steps in shared rows, where the probe allows
+them, and in separate ones (held-out losses have to agree to 1e-4); the exported folder read by plain transformers, with
+the code beside the weights where there is no class; `minirm.score` on it (rewards have to agree to 1e-4). About 15
+minutes on one core.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import make_comparisons, make_tokenizer, read_metrics, write_jsonl
+
+sys.modules["matplotlib"] = None
+import datasets
+import torch
+import transformers
+from transformers.models.auto import modeling_auto as auto
+
+import train
+from minirm import score
+from minirm.model import loader
+from minirm.probe import shrunk
+
+LIMIT = 300  # seconds that a family may take
+# What is small in no other way, by names that configurations have.
+SMALL = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def families() -> dict[str, type]:
+    """{model_type: configuration} of all that have a causal language model and nothing else."""
+    kinds = {kind for kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING if kind not in auto.MODEL_FOR_MASKED_LM_MAPPING}
+    return {kind.model_type: kind for kind in sorted(kinds, key=lambda kind: kind.model_type)}
+
+
+def small_config(kind: type, tokenizer):
+    """A configuration of few and narrow layers of every kind that the default one has."""
+    config = kind()
+    text = config.get_text_config(decoder=True)
+    for name, value in SMALL.items():
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(value, getattr(text, name)))
+    small = shrunk(text, max_length=0)  # of the real one's positions
+    small.vocab_size = len(tokenizer)
+    small.eos_token_id, small.bos_token_id, small.pad_token_id = tokenizer.eos_token_id, None, None
+    return small
+
+
+def make_family(kind: type, folder: Path) -> Path:
+    tokenizer = make_tokenizer()
+    config = small_config(kind, tokenizer)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (size := sum(p.numel() for p in model.parameters())) > 2e7:
+        raise ValueError(f"still has {size:,} parameters")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def plain_rewards(folder: Path, texts: list[str]) -> list[float]:
+    """By transformers alone, text by text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = load(folder, trust_remote_code=(folder / "modeling_reward.py").exists(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        return [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
+
+
+def try_model(model: Path, folder: Path) -> str:
+    """Train, export, reload and score a model folder. "shared" or "separate", as rows were; raises what goes wrong."""
+    rows = make_comparisons(8)
+    data = write_jsonl(folder / "train.jsonl", rows)
+    held_out = write_jsonl(folder / "eval.jsonl", make_comparisons(4, seed=1))
+    losses, used = {}, ""
+    for layout in ("shared", "separate"):
+        flags = ["--model", model, "--train_data", data, "--eval_data", held_out, "--output_dir", folder / layout]
+        flags += [
+            "--max_steps",
+            2,
+            "--row_layout",
+            layout,
+            "--learning_rate",
+            1e-3,
+            "--warmup_steps",
+            0,
+            "--save_steps",
+            0,
+        ]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = train.main([*map(str, flags), "--max_length", "64"])
+        if code:
+            raise RuntimeError(said.getvalue().strip().splitlines()[-1])
+        if layout == "shared":
+            used = "separate" if "a row of its own" in said.getvalue() else "shared"
+        losses[layout] = [row["eval_loss"] for row in read_metrics(folder / layout) if "eval_loss" in row]
+    difference = max(abs(a - b) for a, b in zip(losses["shared"], losses["separate"], strict=True))
+    if not difference <= 1e-4:
+        raise RuntimeError(f"held-out losses of shared and separate rows differ by {difference:.2g}")
+    eos = transformers.AutoTokenizer.from_pretrained(folder / "shared").eos_token
+    texts = [f"{row['prompt']}\n{row[side]}{eos}" for row in rows for side in ("chosen", "rejected")]
+    wanted = plain_rewards(folder / "shared", texts)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        command = ["--model", str(folder / "shared"), "--data", str(data), "--output", str(folder / "scores.jsonl")]
+        if code := score.main(command):
+            raise RuntimeError(out.getvalue().strip().splitlines()[-1])
+    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    got = [row[side] for row in scores for side in ("chosen", "rejected")]
+    largest = max(map(abs, wanted))
+    difference = max(abs(a - b) for a, b in zip(got, wanted, strict=True)) / max(1.0, largest)
+    if not difference <= 1e-4 or not largest > 0:
+        raise RuntimeError(f"rewards of minirm.score and of transformers differ by {difference:.2g} of {largest:.2g}")
+    return used
+
+
+def try_family(name: str, folder: Path) -> tuple[str, str]:
+    """("shared" or "separate", how it is loaded), ("refused", why) or ("not small", why)."""
+    kind = families()[name]
+    try:
+        model = make_family(kind, folder / "model")
+    except Exception as error:  # noqa: BLE001 - a default configuration that only its authors can make small
+        return "not small", f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    try:
+        used = try_model(model, folder)
+    except Exception as error:  # noqa: BLE001
+        if not isinstance(error, RuntimeError):
+            traceback.print_exc()
+        return "refused", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return used, "modeling_reward.py" if loader(small_config(kind, make_tokenizer())) else "a class of transformers"
+
+
+def in_child(name: str, queue) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        queue.put(try_family(name, Path(folder)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    results = {}
+    context = multiprocessing.get_context("fork")
+    for name in args.names or families():
+        queue = context.SimpleQueue()
+        child = context.Process(target=in_child, args=(name, queue))
+        child.start()
+        child.join(LIMIT)
+        child.kill()
+        results[name] = queue.get() if not queue.empty() else ("refused", f"no answer within {LIMIT} s")
+        print(f"{name:<28} {results[name][0]:<10} {results[name][1]}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+    counts = Counter(outcome for outcome, _ in results.values())
+    tried = len(results) - counts["not small"]
+    print(
+        f"transformers {transformers.__version__}: {counts['shared'] + counts['separate']} of {tried} train",
+        dict(counts),
+    )
+
+
+if __name__ == "__main__":
+    main()
