@@ -1,14 +1,18 @@
 """The reward model: any transformers decoder as trunk and a linear head; loading it, and saving it for others."""
 
 import copy
+import json
 import math
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import find_adapter_config_file
 
 from minirm.data.chat import set_chat_template
 from minirm.errors import InputError, refusing
@@ -56,6 +60,31 @@ def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
     return head if published else HEAD_SCALE * head
 
 
+def lora_of(name: str) -> dict:
+    """adapter_config.json of a LoRA adapter, {} of any other model."""
+    if not (Path(name) / "config.json").exists() and (path := find_adapter_config_file(name)):
+        return json.loads(Path(path).read_text())
+    return {}
+
+
+def origin(name: str) -> dict[str, str]:
+    """Arguments of from_pretrained: of a GGUF file its folder and name, of an adapter the model that it was trained on.
+
+    Raises InputError where the package that reads them is missing.
+    """
+    if name.endswith(".gguf"):
+        if not find_spec("gguf"):
+            raise InputError(f"--model {name}: transformers reads GGUF with the package gguf; type: pip install gguf")
+        return {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    if lora := lora_of(name):
+        name, adapter = lora["base_model_name_or_path"], name
+        if not find_spec("peft"):
+            raise InputError(
+                f"--model {adapter}: an adapter for {name}, which the package peft merges; type: pip install peft"
+            )
+    return {"pretrained_model_name_or_path": name}
+
+
 def load_config(name: str, chat_template: str | None = None):
     """(config, tokenizer) of a model folder or name, ready for a reward model: one label, a pad token that is not EOS.
 
@@ -64,21 +93,24 @@ def load_config(name: str, chat_template: str | None = None):
     """
     # Errors here are of many kinds: huggingface_hub's, each tokenizer's, whatever a wrong number in a config leads to.
     with refusing(f"--model {name}: no such model folder or name, or not one for transformers"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # False: else it asks on the terminal
+        config = AutoConfig.from_pretrained(
+            **origin(name), trust_remote_code=False
+        )  # False: else it asks on the terminal
     if method := quantised(config):
         raise InputError(
             f"--model {name}: its weights are quantised ({method}), which cannot be trained; give the model it was made from"
         )
     whole, config = config, config.get_text_config(decoder=True)  # of a model that sees or hears, the decoder alone
-    kind = type(config)
-    causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-    causal |= whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if config.is_encoder_decoder or not causal or kind not in auto.MODEL_MAPPING:
+    causal = _is_causal(config) or (whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    encoder = whole.is_encoder_decoder or config.is_encoder_decoder
+    if encoder or not causal or type(config) not in auto.MODEL_MAPPING:
         raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
     with refusing(f"--model {name}: transformers cannot make a model of its config.json"), torch.device("meta"):
         classifier(config)._from_config(copy.deepcopy(config))
     with refusing(f"--model {name}: its tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        own = (Path(name) / "tokenizer_config.json").exists()  # also beside an adapter
+        places = {"pretrained_model_name_or_path": name} if own else origin(name)
+        tokenizer = AutoTokenizer.from_pretrained(**places, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, at which the reward is read; set eos_token")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -101,58 +133,74 @@ def quantised(config) -> str:
     return str(about.get("quant_method", "quantization_config")) if about else ""
 
 
+def _is_causal(config) -> bool:
+    """Whether the family is one of decoders. Encoders may be run as decoders, but their weights were not made for that."""
+    kind = type(config)
+    if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        return False
+    return kind not in auto.MODEL_MAPPING or "Encoder" not in auto.MODEL_MAPPING[kind].__name__
+
+
 def classifier(config) -> type[PreTrainedModel]:
     """The class by which a reward model is saved and loaded: trunk and `score`, for sequences with one label.
 
-    That of transformers. A decoder without one, or with one that has another head, gets a class of the same layout;
-    `loader` is its source for others.
+    That of transformers. A decoder without one, or with one that has another head, gets the class of `loader`.
     """
-    kind = type(config)
-    theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
-    if theirs and (kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or _only_scores(theirs, config)):
+    if theirs := _class_of_transformers(config):
         return theirs
-    trunk = auto.MODEL_MAPPING[kind]
-    lm = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, trunk)
-    base = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
-    # vLLM finds the model by what stands before ForSequenceClassification.
-    name = re.sub("(LMHeadModel|ForCausalLM|Model)$", "", lm.__name__) + "ForSequenceClassification"
-    prefix = trunk.base_model_prefix or "model"
-    return type(
-        name,
-        (GenericForSequenceClassification, base),
-        {"__module__": base.__module__, "config_class": kind, "base_model_prefix": prefix},
-    )
+    space: dict = {}
+    exec(loader(config), space)  # noqa: S102 - the lines by which others load the model
+    cls = list(space.values())[-1]
+    cls.__module__ = cls.__bases__[1].__module__  # where transformers looks for how attention is implemented
+    return cls
 
 
-def _only_scores(cls, config) -> bool:
-    """Whether a class of transformers is a trunk and a linear head by the name of `score`, and nothing else."""
-    if issubclass(cls, GenericForSequenceClassification):
-        return True
+def _class_of_transformers(config) -> type[PreTrainedModel] | None:
+    theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if not theirs or not theirs.__module__.startswith("transformers.models."):  # code beside weights registers itself
+        return None
+    if not _is_causal(config) or issubclass(theirs, GenericForSequenceClassification):
+        return theirs
     with torch.device("meta"):
-        names = cls._from_config(copy.deepcopy(config)).state_dict()
-    return {name for name in names if not name.startswith(cls.base_model_prefix + ".")} == {"score.weight"}
+        names = theirs._from_config(copy.deepcopy(config)).state_dict()
+    heads = {name for name in names if not name.startswith(theirs.base_model_prefix + ".")}
+    return theirs if heads == {"score.weight"} else None
 
 
 LOADER = "modeling_reward.py"  # beside the weights of a family without a class in transformers
+SOURCE = '''"""A decoder with a linear head that rewards the last token; transformers has no such class for this family."""
+
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from {kind.__module__} import {kind.__name__}
+from {base.__module__} import {base.__name__}
+
+
+class {name}(GenericForSequenceClassification, {base.__name__}):
+    config_class = {kind.__name__}
+    base_model_prefix = "{prefix}"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.{prefix}.register_forward_hook(self.plain)
+
+    @staticmethod
+    def plain(module, inputs, output):
+        """What the forward pass above expects; recurrent models return less."""
+        return output if hasattr(output, "attentions") else BaseModelOutputWithPast(output[0])
+'''
 
 
 def loader(config) -> str:
     """Source of LOADER: `classifier(config)` for programs that have transformers alone; "" where transformers has it."""
-    cls = classifier(config)
-    if cls is auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None):
+    if _class_of_transformers(config):
         return ""
-    base = cls.__bases__[1]
-    return f'''"""A decoder with a linear head that rewards the last token; transformers has no such class for this family."""
-
-from transformers.modeling_layers import GenericForSequenceClassification
-from {config.__module__} import {type(config).__name__}
-from {base.__module__} import {base.__name__}
-
-
-class {cls.__name__}(GenericForSequenceClassification, {base.__name__}):
-    config_class = {type(config).__name__}
-    base_model_prefix = "{cls.base_model_prefix}"
-'''
+    kind, trunk = type(config), auto.MODEL_MAPPING[type(config)]
+    lm = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, trunk)
+    base = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
+    # vLLM finds the model by what stands before ForSequenceClassification.
+    name = re.sub("(LMHeadModel|ForCausalLM|Model)$", "", lm.__name__) + "ForSequenceClassification"
+    return SOURCE.format(kind=kind, base=base, name=name, prefix=trunk.base_model_prefix or "model")
 
 
 def check_fit(args, config, counts: dict) -> None:

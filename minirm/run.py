@@ -20,6 +20,7 @@ from minirm.data.prepare import Prepared
 from minirm.data.tokens import tokenizer_state
 from minirm.errors import InputError, Stop, printable, refusing
 from minirm.files import PARTIAL, put, writing
+from minirm.model import lora_of
 from minirm.plan import steps_per_epoch
 from minirm.shard import Processes, on_first_process
 
@@ -143,10 +144,13 @@ def all_alike(recipe: dict, group) -> None:
 
 def model_fingerprint(name: str, config) -> str:
     """Changes when the weights do. Of a large file 256 pieces are read, not the whole: a start takes long enough."""
-    if not Path(name).is_dir():  # from the hub, where every commit has a name of its own
+    if not Path(name).exists():  # from the hub, where every commit has a name of its own
         return f"{name} {getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
-    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+    if lora := lora_of(name):
+        digest.update(model_fingerprint(lora["base_model_name_or_path"], config).encode())
+    files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
+    for path in [Path(name)] if Path(name).is_file() else sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

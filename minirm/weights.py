@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from minirm.errors import InputError, refusing
-from minirm.model import LOADER, RewardModel, classifier, init_head, loader, saved_tensors, width
+from minirm.model import LOADER, RewardModel, classifier, init_head, loader, lora_of, origin, saved_tensors, width
 
 SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
@@ -115,7 +115,7 @@ def trunk_prefix(stored: Iterable[str], trunk) -> str:
 
 def brings_head(name: str) -> bool:
     """Whether the model already is a reward model, whose head is kept."""
-    return _is_reward_model(AutoConfig.from_pretrained(name))
+    return lora_of(name).get("task_type") == "SEQ_CLS" or _is_reward_model(AutoConfig.from_pretrained(**origin(name)))
 
 
 def _is_reward_model(config) -> bool:
@@ -136,6 +136,7 @@ def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
 def stored_dtype(name: str) -> str:
     """How most of the weights are stored, "BF16" as safetensors call it; "" where that is not said."""
     with suppress(Exception):  # no safetensors: then the configuration says it
+        name = origin(name)["pretrained_model_name_or_path"]
         files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
         path = files[0] or get_checkpoint_shard_files(name, files[1])[0][0]
         with safe_open(path, "pt") as file:
@@ -145,7 +146,7 @@ def stored_dtype(name: str) -> str:
                 sizes[rows.get_dtype()] += math.prod(rows.get_shape())
         return sizes.most_common(1)[0][0]
     with suppress(Exception):
-        return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(AutoConfig.from_pretrained(name).dtype, "")
+        return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(AutoConfig.from_pretrained(**origin(name)).dtype, "")
     return ""
 
 
@@ -178,21 +179,30 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     The head is a new one (seed, published: see `init_head`), or, where `name` already is a reward model, that one's.
     Raises InputError if weights cannot be loaded, are missing from the checkpoint, or are in it and have no place.
     """
-    stored = AutoConfig.from_pretrained(name)  # not ours, whose vocabulary may hold one more token
+    source, lora = origin(name), lora_of(name)
+    stored = AutoConfig.from_pretrained(**source)  # not ours, whose vocabulary may hold one more token
     text = stored.get_text_config(decoder=True)
-    cls = auto.MODEL_MAPPING[type(text)]
-    if (stored.architectures or [""])[0].endswith("ForSequenceClassification"):
+    trunk_cls, rewards = auto.MODEL_MAPPING[type(text)], _is_reward_model(stored)
+    if lora.get("task_type") == "SEQ_CLS":
+        cls, text.num_labels, rewards = classifier(text), 1, True
+    elif (stored.architectures or [""])[0].endswith("ForSequenceClassification"):
         cls, text.num_labels = classifier(text), stored.num_labels
-    elif text.tie_word_embeddings and text is stored:  # the embeddings may be stored as those of the output
+    elif lora or (text.tie_word_embeddings and text is stored):  # the embeddings may be stored as those of the output
         cls = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-    prefix = "" if cls is auto.MODEL_MAPPING[type(text)] else cls.base_model_prefix + "."
-    source = {"pretrained_model_name_or_path": name}
+    else:
+        cls = trunk_cls
+    prefix = "" if cls is trunk_cls else cls.base_model_prefix + "."
     with loading(name):
         if text is not stored:  # of a model that also sees or hears, the tensors of its decoder alone
-            source = {"pretrained_model_name_or_path": None, "state_dict": decoder_tensors(name, text, prefix)}
+            tensors = decoder_tensors(source["pretrained_model_name_or_path"], text, prefix)
+            source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         model, info = cls.from_pretrained(**source, config=text, dtype="auto", output_loading_info=True)
+        if lora:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
     trunk = model.base_model
-    wanted = "" if hasattr(model, "score") else prefix  # of a language model the trunk alone
+    wanted = prefix if lora or not hasattr(model, "score") else ""  # of a language model the trunk alone
     missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
@@ -200,7 +210,7 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
-    head = model.score.weight.detach() if _is_reward_model(stored) else init_head(width(trunk.config), seed, published)
+    head = model.score.weight.detach() if rewards else init_head(width(trunk.config), seed, published)
     return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
 
