@@ -24,7 +24,7 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
     device: where the mask goes. The first three are best on the CPU: a GPU would have to wait for what is looked up here
 
     Key k is seen by query q iff k is visible, stands at or before q, belongs to the prefix or to q's completion and,
-    in a layer with a window, positions[q] - positions[k] < window. A query that would see nothing sees itself, so that
+    in a layer with a window, positions[q] - positions[k] < window, in one with chunks in q's chunk of positions. A query that would see nothing sees itself, so that
     no softmax is empty; it is no key to others, so it changes nothing.
 
     Returns, if every row is one completion, None or, where some of it is invisible, `visible` as a 2-D mask: causal
@@ -49,23 +49,27 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
 
     layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if layer_types:  # gemma2, qwen2, olmo3, ...: every layer takes its mask out of a dict
-        windows = {"full_attention": None, "sliding_attention": window}
-        if unknown := set(layer_types) - set(windows):
+        chunk = getattr(config, "attention_chunk_size", None)
+        near = {"full_attention": {}, "sliding_attention": {"window": window}, "chunked_attention": {"chunk": chunk}}
+        if unknown := set(layer_types) - set(near):
             raise ValueError(f"no mask for shared rows in layers of type {', '.join(sorted(unknown))}")
-        return {kind: _additive(allowed, positions, windows[kind], dtype) for kind in set(layer_types)}
+        return {kind: _additive(allowed, positions, dtype, **near[kind]) for kind in set(layer_types)}
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo, whose own attention counts by place in the row
-        return torch.cat([_additive(allowed, positions, w, dtype) for w in (None, config.window_size)], dim=1)
-    return _additive(allowed, positions, window, dtype)  # mistral, phi3, mixtral: one window for all layers
+        return torch.cat([_additive(allowed, positions, dtype, w) for w in (None, config.window_size)], dim=1)
+    return _additive(allowed, positions, dtype, window)  # mistral, phi3, mixtral: one window for all layers
 
 
-def _additive(allowed, positions, window, dtype):
-    """[R, L, L] bool, [R, L], int or None -> [R, 1, L, L] of `dtype`: 0 where allowed and inside the window.
+def _additive(allowed, positions, dtype, window=None, chunk=None):
+    """[R, L, L] bool, [R, L] -> [R, 1, L, L] of `dtype`: 0 where allowed and inside the window, or in the same chunk.
 
     Additive and of the queries' dtype, so that all layers share one tensor: of any other SDPA makes a copy in every
     layer and keeps it for backward. So it does on CUDA where rows of memory are not aligned to eights.
     """
     if window is not None:
         allowed = allowed & (positions[:, None, :] > positions[:, :, None] - window)
+    if chunk is not None:
+        chunks = positions // chunk
+        allowed = allowed & (chunks[:, None, :] == chunks[:, :, None])
     rows, length, _ = allowed.shape
     mask = allowed.new_full((rows, 1, length, -(-length // 8) * 8), torch.finfo(dtype).min, dtype=dtype)
     mask = mask[..., :length].masked_fill_(allowed[:, None], 0)

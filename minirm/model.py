@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,9 +63,11 @@ def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
 
 def lora_of(name: str) -> dict:
     """adapter_config.json of a LoRA adapter, {} of any other model."""
-    if not (Path(name) / "config.json").exists() and (path := find_adapter_config_file(name)):
-        return json.loads(Path(path).read_text())
-    return {}
+    path = None
+    if not name.endswith(".gguf") and not (Path(name) / "config.json").exists():
+        with suppress(OSError):  # no such name: whoever reads the model says it
+            path = find_adapter_config_file(name)
+    return json.loads(Path(path).read_text()) if path else {}
 
 
 def origin(name: str) -> dict[str, str]:
@@ -91,29 +94,26 @@ def load_config(name: str, chat_template: str | None = None):
     chat_template: a file, in place of the tokenizer's own.
     Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
     """
+    source = origin(name) | {"trust_remote_code": False}  # False: else it asks on the terminal
     # Errors here are of many kinds: huggingface_hub's, each tokenizer's, whatever a wrong number in a config leads to.
     with refusing(f"--model {name}: no such model folder or name, or not one for transformers"):
-        config = AutoConfig.from_pretrained(
-            **origin(name), trust_remote_code=False
-        )  # False: else it asks on the terminal
+        config = AutoConfig.from_pretrained(**source)
     if method := quantised(config):
         raise InputError(
             f"--model {name}: its weights are quantised ({method}), which cannot be trained; give the model it was made from"
         )
     whole, config = config, config.get_text_config(decoder=True)  # of a model that sees or hears, the decoder alone
-    causal = _is_causal(config) or (whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    causal = is_causal(config) or (whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     encoder = whole.is_encoder_decoder or config.is_encoder_decoder
     if encoder or not causal or type(config) not in auto.MODEL_MAPPING:
         raise InputError(f"--model {name}: {config.model_type} is not a decoder (a causal language model)")
-    with refusing(f"--model {name}: transformers cannot make a model of its config.json"), torch.device("meta"):
-        classifier(config)._from_config(copy.deepcopy(config))
     with refusing(f"--model {name}: its tokenizer cannot be loaded"):
-        own = (Path(name) / "tokenizer_config.json").exists()  # also beside an adapter
-        places = {"pretrained_model_name_or_path": name} if own else origin(name)
-        tokenizer = AutoTokenizer.from_pretrained(**places, trust_remote_code=False)
+        if (Path(name) / "tokenizer_config.json").exists():  # also beside an adapter
+            source["pretrained_model_name_or_path"] = name
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, at which the reward is read; set eos_token")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    if lacks_pad := tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
     set_chat_template(tokenizer, chat_template)
@@ -123,6 +123,9 @@ def load_config(name: str, chat_template: str | None = None):
     config.vocab_size = max(config.vocab_size, tokenizer.pad_token_id + 1)
     # num_labels is derived from id2label; without problem_type the pipeline and vLLM apply a sigmoid.
     config.id2label, config.label2id, config.problem_type = {0: "LABEL_0"}, {"LABEL_0": 0}, "regression"
+    more = " with one more token for padding; give its tokenizer a pad_token other than EOS" if lacks_pad else ""
+    with refusing(f"--model {name}: transformers cannot make a model of its config.json{more}"), torch.device("meta"):
+        classifier(config)._from_config(copy.deepcopy(config))
     return config, tokenizer
 
 
@@ -133,7 +136,7 @@ def quantised(config) -> str:
     return str(about.get("quant_method", "quantization_config")) if about else ""
 
 
-def _is_causal(config) -> bool:
+def is_causal(config) -> bool:
     """Whether the family is one of decoders. Encoders may be run as decoders, but their weights were not made for that."""
     kind = type(config)
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
@@ -159,7 +162,7 @@ def _class_of_transformers(config) -> type[PreTrainedModel] | None:
     theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if not theirs or not theirs.__module__.startswith("transformers.models."):  # code beside weights registers itself
         return None
-    if not _is_causal(config) or issubclass(theirs, GenericForSequenceClassification):
+    if not is_causal(config) or issubclass(theirs, GenericForSequenceClassification):
         return theirs
     with torch.device("meta"):
         names = theirs._from_config(copy.deepcopy(config)).state_dict()
@@ -183,6 +186,11 @@ class {name}(GenericForSequenceClassification, {base.__name__}):
     def __init__(self, config):
         super().__init__(config)
         self.{prefix}.register_forward_hook(self.plain)
+
+    @classmethod
+    def is_custom_code(cls):
+        """No: all its parts are those of transformers. Custom code loads without their conversions and initial buffers."""
+        return False
 
     @staticmethod
     def plain(module, inputs, output):

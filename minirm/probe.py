@@ -117,22 +117,34 @@ def shrunk(config, max_length=math.inf):
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     few_kv = min(kv_heads, 2)
     few = few_kv * min(heads // kv_heads, 2)
-    width = few * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = few * (fields.get("head_dim") or config.hidden_size // heads)
 
-    # Lists with an entry per layer, like layer_types: keep the first layer of each combination, and at least two.
-    lists = {key: value for key, value in fields.items() if isinstance(value, (list, tuple)) and len(value) == layers}
-    kinds = [str([value[i] for value in lists.values()]) for i in range(layers)]
+    # Keep the first layer of each combination of what is said of layers, and at least two.
+    said = _said_of_layers(fields, layers)
+    kinds = [str([values[i] for values in said.values()]) for i in range(layers)]
     kept = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, layers))))
-    for key, value in lists.items():
-        setattr(small, key, [value[i] for i in kept])
+    for key, values in said.items():
+        few_values = [values[i] for i in kept]
+        if _are_layers(key, fields[key], layers):
+            setattr(small, key, [i for i, among in enumerate(few_values) if among])
+        elif key == "num_kv_shared_layers":
+            small.num_kv_shared_layers = few_values.count("shared")
+        else:
+            setattr(small, key, few_values)
 
     # How far attention looks, how much of it sparse attention keeps, and inner widths.
-    most = {"window|chunk|local_att|distance|extent": PROBE_WINDOW, "block|topk": 2, "intermediate|ffn|inner|d_ff": 64}
-    for key, value in fields.items():
+    most = {"window|chunk|local_att|distance|extent": PROBE_WINDOW, "block|topk": 2}
+    most |= {"intermediate|ffn|inner|d_ff": 64, "first_k_dense": 1}  # DeepSeek has layers without experts
+    for key, value in small.to_dict().items():
+        limits = [limit for names, limit in most.items() if re.search(names, key)]
+        if limits and isinstance(value, list) and all(type(v) is int for v in value):
+            setattr(small, key, [min(v, limits[0]) for v in value])
         if type(value) is not int:  # a bool is none
             continue
-        if limits := [limit for names, limit in most.items() if re.search(names, key)]:
+        if limits:
             setattr(small, key, min(value, limits[0]))
+        elif "vocab_size" in key:
+            setattr(small, key, min(value, PROBE_VOCABULARY))
         elif key.endswith("token_id") and value >= PROBE_VOCABULARY:
             setattr(small, key, 0)
         elif key in ("num_key_value_heads", "num_kv_heads"):
@@ -150,6 +162,29 @@ def shrunk(config, max_length=math.inf):
                 if place.get(key) is not None and place[key] < max_length:
                     place[key] = PROBE_SWITCH
     return small
+
+
+def _said_of_layers(fields: dict, layers: int) -> dict[str, list]:
+    """{field: [value of layer 0, 1, ...]} of a configuration: lists with an entry per layer, and lists of layers."""
+    said = {}
+    for key, value in fields.items():
+        if _are_layers(key, value, layers):
+            said[key] = [i in value for i in range(layers)]
+        elif isinstance(value, (list, tuple)) and len(value) == layers:
+            said[key] = list(value)
+    # The last layers may take keys and values from the last of their type that has its own.
+    if shared := fields.get("num_kv_shared_layers"):
+        types, own = fields["layer_types"], layers - shared
+        stores = {max(i for i in range(own) if types[i] == types[j]) for j in range(own, layers)}
+        said["num_kv_shared_layers"] = ["shared" if i >= own else i in stores for i in range(layers)]
+    return said
+
+
+def _are_layers(key: str, value, layers: int) -> bool:
+    """Whether a field of a configuration lists the layers that are of some kind: `attn_layer_indices` [9, 18, 27]."""
+    if not re.search("layer|idx|indices", key) or not isinstance(value, (list, tuple)):
+        return False
+    return all(type(i) is int for i in value) and list(value) == sorted({*value} & {*range(layers)})
 
 
 def _differences(model):

@@ -207,7 +207,13 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
             raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
-    if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
+    known = trunk.get_input_embeddings().num_embeddings
+    if config.vocab_size > text.vocab_size and known != text.vocab_size:  # CPM-Ant's prompts stand behind its tokens
+        raise InputError(
+            f"--model {name}: it has {known} embeddings for {text.vocab_size} tokens, so none can be added for a pad "
+            "token; give its tokenizer a pad_token other than EOS"
+        )
+    if config.vocab_size > known:
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
     head = model.score.weight.detach() if rewards else init_head(width(trunk.config), seed, published)

@@ -312,14 +312,14 @@ def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
     kind, values = FAMILIES[family]
     config = CONFIG_MAPPING[kind](**values)
 
-    def sees_the_next_token(allowed, positions, window, dtype):
-        return right(allowed | torch.ones_like(allowed).tril(1) & (positions > 0)[:, None], positions, window, dtype)
+    def sees_the_next_token(allowed, positions, *more, **near):
+        return right(allowed | torch.ones_like(allowed).tril(1) & (positions > 0)[:, None], positions, *more, **near)
 
-    def window_one_too_wide(allowed, positions, window, dtype):
-        return right(allowed, positions, None if window is None else window + 1, dtype)
+    def window_one_too_wide(allowed, positions, dtype, window=None):
+        return right(allowed, positions, dtype, None if window is None else window + 1)
 
-    def window_by_place(allowed, positions, window, dtype):
-        return right(allowed, torch.arange(allowed.shape[1])[None], window, dtype)
+    def window_by_place(allowed, positions, *more, **near):
+        return right(allowed, torch.arange(allowed.shape[1])[None], *more, **near)
 
     monkeypatch.setattr(attention, "_additive", sees_the_next_token)
     assert "differ by" in probe_shared_rows(config)

@@ -4,15 +4,18 @@ Run: pytest tests/test_families.py. Tiny random models, no network; two training
 that transformers knows are gone through by tests/bench/families.py.
 """
 
+import importlib
+import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import make_comparisons, make_model, make_tokenizer, refusal, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import families
 
 import train
-from minirm.model import LOADER, classifier, empty_model, load_config, loader, saved_tensors
+from minirm.model import LOADER, classifier, empty_model, is_causal, load_config, loader, saved_tensors
+from minirm.run import model_fingerprint
 from minirm.weights import brings_head, export, load_weights, stored_weights
 
 
@@ -33,13 +37,26 @@ def config_of(folder: Path) -> dict:
 
 # Those that differ most; how rows are laid out, and whether code beside the weights loads them.
 UNLIKE = {
+    "bloom": ("separate", False),  # alibi
     "codegen": ("shared", True),
-    "ctrl": ("shared", True),
+    "cohere2": ("shared", True),  # sliding windows, layers without positions
+    "ctrl": ("shared", True),  # positions are computed, not stored; layers in a list called h
+    "deepseek_v3": ("shared", False),  # MLA, experts
+    "falcon_h1": ("separate", True),  # attention and Mamba 2 in one layer; buffers that no checkpoint has
+    "gemma3n_text": ("shared", True),  # keys and values of other layers
+    "gemma4_text": ("shared", True),  # embeddings per layer
+    "gpt_oss": ("shared", False),  # attention sinks
+    "granitemoehybrid": ("separate", True),
+    "lfm3": ("separate", True),  # convolutions
+    "llama4_text": ("shared", True),  # chunks
+    "mamba": ("separate", True),  # no attention at all
 }
 
 
 @pytest.mark.parametrize("family", UNLIKE)
 def test_a_family_trains_and_its_rewards_are_the_same_elsewhere(family, tmp_path):
+    if family not in families.families():
+        pytest.skip("transformers is older than this family")
     layout, code = UNLIKE[family]
     assert families.try_family(family, tmp_path) == (layout, LOADER if code else "a class of transformers")
     if code:
@@ -58,19 +75,260 @@ def test_a_family_with_a_class_brings_no_code_and_loses_that_of_its_base(model_f
     assert "auto_map" not in config_of(tmp_path) and not (tmp_path / LOADER).exists()
 
 
-def test_the_names_of_all_classes_are_those_that_vllm_resolves():
-    """vLLM looks for what stands before ForSequenceClassification with ForCausalLM or LMHeadModel behind it."""
-    seen = Counter()
+def decoders():
+    """(configuration, causal class) of all decoders of transformers whose configuration has defaults."""
     for kind, lm in auto.MODEL_FOR_CAUSAL_LM_MAPPING.items():
         try:
             config = kind()
-        except Exception:  # noqa: BLE001 - a configuration without defaults
-            continue
-        if kind in auto.MODEL_FOR_MASKED_LM_MAPPING or kind not in auto.MODEL_MAPPING or config.is_encoder_decoder:
-            continue
+        except Exception:  # noqa: BLE001 - it has none
+            config = None
+        if config and config.get_text_config(decoder=True) is config and kind in auto.MODEL_MAPPING and is_causal(config):
+            yield config, lm
+
+
+def test_the_names_of_all_classes_are_those_that_vllm_resolves():
+    """For XForSequenceClassification vLLM looks for a model it knows as XForCausalLM or XLMHeadModel."""
+    seen = Counter()
+    for config, lm in decoders():
         if source := loader(config):
             stem = classifier(config).__name__.removesuffix("ForSequenceClassification")
-            assert lm.__name__ in {stem + "ForCausalLM", stem + "LMHeadModel"}, kind
+            assert lm.__name__ in {stem + "ForCausalLM", stem + "LMHeadModel"}, config.model_type
             compile(source, LOADER, "exec")
         seen[bool(source)] += 1
     assert min(seen.values()) > 20
+
+
+def test_a_table_of_more_than_the_tokens_gets_no_pad_token(tmp_path):
+    """CPM-Ant's prompts stand behind its tokens: one more token would move them."""
+    folder = families.make_family(families.families()["cpmant"], tmp_path)
+    config, _ = load_config(str(folder))
+    assert "give its tokenizer a pad_token other than EOS" in refusal(load_weights, str(folder), config, 0)
+
+
+def test_a_model_that_cannot_grow_by_a_pad_token_is_refused_before_loading(tmp_path):
+    config = families.small_config(families.families()["gemma3n_text"], make_tokenizer())
+    config.vocab_size_per_layer_input = len(make_tokenizer())
+    config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert "give its tokenizer a pad_token other than EOS" in refusal(load_config, str(tmp_path))
+
+
+# -- Checkpoints of models that also see. --------------------------------------------------------------------------------
+
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2} | {
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+SEEN = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 32,
+    "patch_size": 16,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+DEEP = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 8}
+MANY = {  # model_type: what its parts are
+    "gemma3": {"text_config": TEXT, "vision_config": SEEN, "mm_tokens_per_image": 4},
+    "llava": {
+        "text_config": {"model_type": "llama"} | TEXT,
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32} | SEEN,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral"} | TEXT,
+        "vision_config": {"model_type": "pixtral", "head_dim": 16} | SEEN,
+    },
+    "qwen3_5": {"text_config": TEXT | LINEAR, "vision_config": DEEP | {"num_position_embeddings": 16}},
+}
+
+
+def make_multimodal(family: str, folder: Path) -> Path:
+    tokenizer = make_tokenizer()
+    parts = json.loads(json.dumps(MANY[family]))
+    parts["text_config"] |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**parts)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", MANY)
+def test_the_decoder_of_a_multimodal_checkpoint_trains_and_becomes_a_text_model(family, tmp_path):
+    model = make_multimodal(family, tmp_path / "model")
+    names = [name for name in load_file(model / "model.safetensors") if "vision" in name or "visual" in name]
+    assert names
+    families.try_model(model, tmp_path)  # rewards of plain transformers included
+    text = config_of(tmp_path / "shared")
+    assert text["model_type"] == config_of(model)["text_config"]["model_type"] and "vision_config" not in text
+    trained = load_file(tmp_path / "shared" / "model.safetensors")
+    assert not any("vision" in name or "visual" in name or "projector" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_nothing_of_the_vision_tower_is_read(family, tmp_path):
+    """Rows of the decoder alone are read, one by one or all; what stands beside it may be of any shape."""
+    folder = make_multimodal(family, tmp_path)
+    config, _ = load_config(str(folder))
+    whole = load_weights(str(folder), config, 0)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "vision" in name:
+            tensors[name] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = empty_model(config)
+    read = stored_weights(str(folder), config, model, 0)
+    again = load_weights(str(folder), config, 0)
+    for name, _ in saved_tensors(model):
+        assert torch.equal(read(name), whole[name]) and torch.equal(again[name], whole[name]), name
+        if whole[name].dim() and len(whole[name]) > 2:
+            assert torch.equal(read(name, 1, 3), whole[name][1:3])
+
+
+def test_a_missing_tensor_of_the_decoder_is_named(tmp_path):
+    folder = make_multimodal("gemma3", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight") and "vision" not in name)
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config, _ = load_config(str(folder))
+    assert "layers.1.mlp.up_proj.weight" in refusal(load_weights, str(folder), config, 0)
+
+
+# -- Adapters. -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_peft_is_merged_into_its_base(tmp_path):
+    """W + alpha / r B A, against a loop over the adapter's own file; what has no adapter stays as it was."""
+    peft = pytest.importorskip("peft")
+    base = make_model(tmp_path / "base", "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    about = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, about).save_pretrained(tmp_path / "adapter")
+    config, _ = load_config(str(tmp_path / "adapter"))
+    got = load_weights(str(tmp_path / "adapter"), config, 0)
+    assert not brings_head(str(tmp_path / "adapter"))
+    low = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    plain = load_weights(str(base), config, 0)
+    changed = 0
+    for name, tensor in plain.items():
+        key = f"base_model.model.{name.replace('trunk.', 'model.').removesuffix('.weight')}.lora_"
+        if key + "A.weight" in low:
+            tensor = tensor + 3.0 * low[key + "B.weight"] @ low[key + "A.weight"]
+            changed += 1
+        torch.testing.assert_close(got[name], tensor, msg=name)
+    assert changed == 8
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    flags = [
+        "--model",
+        tmp_path / "adapter",
+        "--train_data",
+        data,
+        "--eval_data",
+        data,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    assert train.main([*map(str, flags), "--max_steps", "1", "--save_steps", "0"]) == 0
+    before = model_fingerprint(str(tmp_path / "adapter"), config)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1  # the base is part of what a run was trained on
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert model_fingerprint(str(tmp_path / "adapter"), config) != before
+
+
+def test_an_adapter_of_minirm_goes_on_from_its_head(tmp_path):
+    pytest.importorskip("peft")
+    base = make_model(tmp_path / "base", "llama")
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    flags = ["--model", base, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
+    flags += ["--lora_rank", 4, "--max_steps", 2, "--learning_rate", 1e-2, "--warmup_steps", 0, "--save_steps", 0]
+    assert train.main(list(map(str, flags))) == 0
+    adapter = str(tmp_path / "out" / "adapter")
+    assert brings_head(adapter)
+    config, _ = load_config(adapter)
+    got = load_weights(adapter, config, 0)
+    for name, tensor in load_weights(str(tmp_path / "out"), config, 0).items():
+        torch.testing.assert_close(got[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("package, name", [("peft", "adapter"), ("gguf", "model.gguf")])
+def test_without_the_package_that_reads_it_a_model_is_refused_with_what_to_type(package, name, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("minirm.model.find_spec", lambda wanted: None if wanted == package else find(wanted))
+    (tmp_path / "adapter").mkdir()
+    about = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    line = refusal(load_config, str(tmp_path / name))
+    assert line.endswith(f"pip install {package}") and str(tmp_path / name) in line
+
+
+# -- GGUF. ---------------------------------------------------------------------------------------------------------------
+
+PLACES = {  # in a GGUF file: in transformers' Qwen 2
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def write_gguf(folder: Path, path: Path) -> Path:
+    """A Qwen 2 in one file, tokenizer included, unquantised, as llama.cpp's converter writes it."""
+    gguf = pytest.importorskip("gguf")
+    config, state = config_of(folder), load_file(folder / "model.safetensors")
+    writer = gguf.GGUFWriter(str(path), "qwen2")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token == "<|endoftext|>" else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(bpe["vocab"]["<|endoftext|>"])
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    names |= {"lm_head.weight": "output.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours in PLACES.items():
+            for part in ("weight", "bias"):
+                names[f"model.layers.{layer}.{ours}.{part}"] = f"blk.{layer}.{theirs}.{part}"
+    for name, tensor in state.items():
+        writer.add_tensor(names[name], tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_trains_and_has_the_weights_of_the_folder_it_was_made_from(tmp_path):
+    folder = make_model(tmp_path / "model", "qwen2")
+    (tmp_path / "gguf").mkdir()
+    path = write_gguf(folder, tmp_path / "gguf" / "small.gguf")
+    config, tokenizer = load_config(str(path))
+    text = "the good answer is not very short"
+    assert tokenizer.encode(text) == make_tokenizer().encode(text)
+    wanted = load_weights(str(folder), load_config(str(folder))[0], 0)
+    for name, tensor in load_weights(str(path), config, 0).items():
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), msg=name)
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    flags = ["--model", path, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
+    assert train.main([*map(str, flags), "--max_steps", "1", "--save_steps", "0"]) == 0
+    assert config_of(tmp_path / "out")["architectures"] == ["Qwen2ForSequenceClassification"]

@@ -67,7 +67,6 @@ BY_HAND = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": len(make_tokenizer()),
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0] * 4,
         "sliding_window": 8,
@@ -80,7 +79,6 @@ BY_HAND = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": len(make_tokenizer()),
         "sliding_window": 8,
     },
     "granitemoehybrid": NARROW
@@ -121,14 +119,16 @@ def small_config(kind: type, tokenizer):
     else:
         config = kind()
         text = config.get_text_config(decoder=True)
-        for name, value in EXACTLY.items():
-            if hasattr(text, name):
-                setattr(text, name, value)
+        fields = text.to_dict()
+        for name in EXACTLY.keys() & fields.keys():
+            setattr(text, name, EXACTLY[name])
         for name, value in AT_MOST.items():
-            if isinstance(getattr(text, name, None), int):
-                setattr(text, name, min(value, getattr(text, name)))
+            if isinstance(fields.get(name), int):
+                setattr(text, name, min(value, fields[name]))
         small = shrunk(text, max_length=0)  # of the real one's positions
     small.vocab_size, small.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    if "vocab_size_per_layer_input" in small.to_dict():
+        small.vocab_size_per_layer_input = len(tokenizer) + 1  # one for padding
     for name in ("bos_token_id", "pad_token_id"):
         try:
             setattr(small, name, None)
