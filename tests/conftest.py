@@ -131,7 +131,7 @@ def mounted(folder: Path, options: str):
 # What touches transformers or torch closely: it has to pass at both ends of the tested ranges (`-m core`).
 CORE = {
     f"test_{name}.py"
-    for name in ["attention", "estimate", "export", "model", "shard", "train", "trunk_cache", "versions"]
+    for name in ["attention", "estimate", "export", "families", "model", "shard", "train", "trunk_cache", "versions"]
 }
 
 

@@ -38,7 +38,6 @@ def config_of(folder: Path) -> dict:
 # Those that differ most; how rows are laid out, and whether code beside the weights loads them.
 UNLIKE = {
     "bloom": ("separate", False),  # alibi
-    "codegen": ("shared", True),
     "cohere2": ("shared", True),  # sliding windows, layers without positions
     "ctrl": ("shared", True),  # positions are computed, not stored; layers in a list called h
     "deepseek_v3": ("shared", False),  # MLA, experts
@@ -50,6 +49,7 @@ UNLIKE = {
     "lfm3": ("separate", True),  # convolutions
     "llama4_text": ("shared", True),  # chunks
     "mamba": ("separate", True),  # no attention at all
+    "xglm": ("shared", True),
 }
 
 
@@ -82,7 +82,12 @@ def decoders():
             config = kind()
         except Exception:  # noqa: BLE001 - it has none
             config = None
-        if config and config.get_text_config(decoder=True) is config and kind in auto.MODEL_MAPPING and is_causal(config):
+        if (
+            config
+            and config.get_text_config(decoder=True) is config
+            and kind in auto.MODEL_MAPPING
+            and is_causal(config)
+        ):
             yield config, lm
 
 
@@ -326,8 +331,9 @@ def test_a_gguf_file_trains_and_has_the_weights_of_the_folder_it_was_made_from(t
     text = "the good answer is not very short"
     assert tokenizer.encode(text) == make_tokenizer().encode(text)
     wanted = load_weights(str(folder), load_config(str(folder))[0], 0)
+    tokens = config_of(folder)["vocab_size"]  # behind them stand those that padding adds
     for name, tensor in load_weights(str(path), config, 0).items():
-        torch.testing.assert_close(tensor.float(), wanted[name].float(), msg=name)
+        torch.testing.assert_close(tensor[:tokens].float(), wanted[name][:tokens].float(), msg=name)
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
     flags = ["--model", path, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
     assert train.main([*map(str, flags), "--max_steps", "1", "--save_steps", "0"]) == 0

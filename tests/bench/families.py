@@ -57,6 +57,7 @@ NARROW = {
 # By hand, where sizes hang together in ways of their own.
 BY_HAND = {
     "bamba": NARROW | MAMBA_2 | {"attn_layer_indices": [1]},
+    "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},  # heads by fours
     "doge": NARROW | {"keep_window_size": 2048},  # beyond that many tokens it sees those behind as well
     "falcon_h1": NARROW | MAMBA_2 | {"mamba_d_ssm": 64},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
