@@ -593,6 +593,7 @@ def test_answers_with_scores_are_ranked_over_the_file_and_equal_ones_are_ties(tm
         ("p", "k l m n o", 3),
         ("p", "u v w x y", True),
         ("q", "1 2 3 4 5", 0.5),
+        ("alone", "1 2 3 4 5", 1),
     ]
     rows = [{"prompt": prompt, "response": answer, "score": score} for prompt, answer, score in rows]
     found, report = read_all(tmp_path, rows, keep="labelled")
@@ -600,6 +601,26 @@ def test_answers_with_scores_are_ranked_over_the_file_and_equal_ones_are_ties(tm
         ("p", ["p\na b c d e", "p\nk l m n o", "p\nu v w x y"], (1, 1), (0, 2))
     ]
     assert report["read"] == 4 and report["dropped: tie"] == 2 and report["schema"] == "answers with a score"
+    assert report["answers alone at their prompt"] == 1
+
+
+def test_answers_with_a_score_are_ranked_within_their_subset(tmp_path):
+    rows = [
+        {"prompt": "p", "response": f"{n} b c d e", "score": n, "subset": "even" if n % 2 == 0 else "odd"}
+        for n in range(5)
+    ]
+    found, report = read_all(tmp_path, rows)
+    assert [(e["subset"], len(e["texts"]), len(e["chosen"])) for e in found] == [("even", 3, 3), ("odd", 2, 1)]
+    assert report["answers alone at their prompt"] == 0
+
+
+def test_a_column_that_another_takes_the_name_of_is_named_as_not_used(tmp_path):
+    """--columns prompt=question over a file that has a prompt as well."""
+    rows = [{"prompt": "old", "question": "new", "chosen": GOOD, "rejected": BAD}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    report = {}
+    (found,) = read_texts(str(path), make_tokenizer(), "\n", report, columns={"prompt": "question"})
+    assert found["prompt"] == "new" and report["not used"] == ["prompt of the file"]
 
 
 def test_sides_that_answer_different_prompts_are_counted_and_left_out_of_training(tmp_path):

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from conftest import refusal, write_jsonl
 
-from minirm.data.sources import COMPRESSED, fingerprint, read_rows
+from minirm.data.sources import COMPRESSED, fingerprint, left_out, read_rows
 
 NINE, ELEVEN = "a b c d e", "a b c d e f"
 GOOD = json.dumps({"prompt": "p", "chosen": NINE, "rejected": ELEVEN})
@@ -309,3 +309,28 @@ def test_an_object_whose_messages_are_a_list_is_one_row(tmp_path):
 def test_a_broken_line_of_a_json_file_with_an_object_a_line_is_named(tmp_path):
     (tmp_path / "x.json").write_text(f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}\n")
     assert refusal(rows_of, tmp_path / "x.json").startswith(f"{tmp_path}/x.json:3: not JSON (")
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
+    """A file without a split in its name, beside one that has one, could be meant or not."""
+    for name in ("train-0.jsonl", "test.jsonl", "more/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(GOOD)
+    (tmp_path / "README.md").write_text("")
+    assert len(rows_of(tmp_path)) == 1
+    assert left_out(str(tmp_path)) == ["more/a.jsonl", "test.jsonl"]
+    assert left_out(f"{tmp_path}:test@1") == ["more/a.jsonl", "train-0.jsonl"]
+    assert left_out(str(tmp_path / "test.jsonl")) == [] and left_out("org/name") == []
+
+
+@pytest.mark.parametrize("pack, suffix", [(gzip, ".gz"), (bz2, ".bz2"), (lzma, ".xz")])
+def test_a_compressed_file_under_the_name_of_a_plain_one_is_told_its_name(tmp_path, pack, suffix):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(pack.compress(GOOD.encode()))
+    assert refusal(read_rows, str(path)).endswith(f"its bytes are those of a {suffix} file; name it {path}{suffix}")
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_a_csv_file_with_other_separators_is_told_so(tmp_path, mark):
+    (tmp_path / "x.csv").write_text(f"chosen{mark}rejected\n{NINE}{mark}{ELEVEN}\n")
+    assert f"not by {json.dumps(mark)}" in refusal(read_rows, str(tmp_path / "x.csv"))

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from minirm.data import schemas
 from minirm.data.chat import join, render
-from minirm.data.sources import fingerprint, read_rows
+from minirm.data.sources import fingerprint, left_out, read_rows
 from minirm.data.tokens import tokenise, tokenizer_state
 from minirm.data.workers import on_all_cores
 from minirm.errors import InputError, one_line, printable
@@ -144,19 +144,24 @@ def read_examples(
     schema, scored = None, {}
     for where, row in read_rows(source):
         try:
+            replaced = [
+                name for name, path in (columns or {}).items() if row.get(name) and path.partition(".")[0] != name
+            ]
             row = schemas.rename(row, columns) if columns else row
             if schema is None:
                 schema = schemas.recognise(row)
                 used, unused = schemas.used_columns(schema, row)
+                unused += [f"{name} of the file" for name in replaced]
                 report |= {"schema": schemas.describe(schema, row), "columns": used, "not used": unused}
             example = schemas.to_example(schema, row)
         except InputError as error:
             raise InputError(f"{where}: {one_line(error)}") from None
         if schema.read is schemas.point_wise:
-            scored.setdefault(json.dumps(example.prompt), (where, []))[1].append(example)
+            scored.setdefault(json.dumps([example.prompt, example.subset]), (where, []))[1].append(example)
         else:
             yield where, example
     for where, rows in scored.values():
+        report["answers alone at their prompt"] = report.get("answers alone at their prompt", 0) + (len(rows) == 1)
         yield where, schemas.by_score(rows)
 
 
@@ -185,7 +190,7 @@ def store(
     path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict[str, str] | None = None
 ) -> Texts:
     """All examples of some sources, in a file."""
-    numbers, report = array("q"), [{"source": source, "read": 0} for source in sources]
+    numbers, report = array("q"), [{"source": source, "read": 0, "not read": left_out(source)} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number, columns)

@@ -27,6 +27,7 @@ from minirm.files import file_digest
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zX": ".xz", b"(\xb5/\xfd": ".zst", b"PAR1": ".parquet"}
 A_FILE = f"a {', '.join(FILE_TYPES)} file"
 SPLITS = "train|test|validation|valid|val|dev|eval"
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
@@ -85,11 +86,7 @@ def files_of(source: Source) -> list[str] | None:
             return None
         if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # harmless-base, and its like
             folder = folder / source.parts[0]
-        found = [
-            str(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and kind_of(path.name) and not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())
-        ]
+        found = _files_in(folder)
         found = of_split(source, found, folder)
     elif kind_of(place):
         return [place]
@@ -98,6 +95,24 @@ def files_of(source: Source) -> list[str] | None:
     if not found:
         raise InputError(f"{source.typed}: no {', '.join(FILE_TYPES)} file there, compressed or not")
     return found
+
+
+def left_out(source: str) -> list[str]:
+    """Which data files of a folder are not read, as they are of another split, or of none where others name theirs."""
+    parsed = parse(source)
+    if "://" in parsed.place or not Path(parsed.place).is_dir():
+        return []
+    read = files_of(parsed)
+    found = [] if read is None else {*_files_in(Path(parsed.place))} - {*read}
+    return [Path(file).relative_to(parsed.place).as_posix() for file in sorted(found)]
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [
+        str(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and kind_of(path.name) and not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())
+    ]
 
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
@@ -191,6 +206,10 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
             yield from readers[kind_of(file)](file, opened, source)
     except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
         with _open(file) as raw:
+            start = raw.read(4)
+            if suffix := next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None):
+                raise InputError(f"{file}: its bytes are those of a {suffix} file; name it {file}{suffix}") from None
+            raw.seek(0)
             line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
         raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except DAMAGED as error:
@@ -204,6 +223,12 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
     try:
         if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
             raise InputError(f"{file}:1: the column {shown(twice[0])} stands there twice; which one counts?")
+        other = re.search(r"[;|\t]", (reader.fieldnames or [""])[0])
+        if other and len(reader.fieldnames) == 1:
+            raise InputError(
+                f"{file}:1: one column, {shown(reader.fieldnames[0])}; columns are separated by commas in .csv and by tabs in "
+                f".tsv, not by {json.dumps(other[0])}"
+            )
         for row in reader:
             if None in row:  # a comma in a text without quotes: the text would end there without a word
                 raise InputError(

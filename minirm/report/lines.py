@@ -78,6 +78,7 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
         "kept, answer cut",
         "prompt also in the training data",
         "special tokens written out in the text",
+        "answers alone at their prompt",
         "prompts",
         "separate tokens",
     ]
@@ -104,9 +105,10 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
 def source_line(row: dict) -> str:
     """What a source was read as, the columns that were read, and those of text that were not."""
     line = f"{typed(row['source'])}: {printable(row['schema'])}"
-    for what in ("columns", "not used"):
+    for what in ("columns", "not used", "not read"):
         if names := row.get(what):
-            line += f"; {what} {', '.join(map(printable, names))}"
+            more = f", ... ({len(names)} files)" if len(names) > 9 else ""
+            line += f"; {what} {', '.join(map(printable, names[:9]))}{more}"
     return line
 
 
