@@ -1,5 +1,6 @@
 """Freezing the bottom layers of a decoder: they keep what pre-training taught them, and cost no backward pass."""
 
+import re
 from typing import NamedTuple
 
 from torch import nn
@@ -7,6 +8,9 @@ from torch import nn
 # What decoders call their list of blocks: transformer.h (gpt2, gptj, bloom, falcon), model.layers (llama and most
 # others), gpt_neox.layers, model.decoder.layers (opt), transformer.blocks (mpt, dbrx), backbone.layers (mamba).
 BLOCK_LIST_NAMES = ("h", "layers", "blocks", "layer", "block")
+# What stands between the tokens and the first block: embeddings and their norm (bloom), projections (opt), inputs of
+# every layer (gemma3n, gemma4); gemma3n's altup_unembed_projections stand behind the last block.
+BELOW = r"(?<!un)emb|^project_in$|^per_layer_|^altup_projections$"
 
 
 class Frozen(NamedTuple):
@@ -59,11 +63,11 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
     name, blocks = find_blocks(model)
     decoder = model.get_submodule(name.rpartition(".")[0])
     frozen_layers = len(blocks) - trained_layer_count(len(blocks), ratio)
-    # What feeds the first block: token and position embeddings, and what stands between (bloom's layer norm, opt's
-    # projection). A single trainable parameter down there would bring the whole backward pass back.
+    # What feeds the first block: token and position embeddings, and what stands between. A single trainable parameter down
+    # there would bring the whole backward pass back.
     below = set()
     for child_name, child in decoder.named_children():
-        if isinstance(child, nn.Embedding) or "emb" in child_name or child_name == "project_in":
+        if isinstance(child, nn.Embedding) or re.search(BELOW, child_name):
             below |= {*child.parameters()}
     frozen = {*blocks[:frozen_layers].parameters()} if ratio < 1 else {*decoder.parameters()} - below
     if embeddings and ratio > 0:

@@ -119,7 +119,8 @@ def shrunk(config, max_length=math.inf):
     The size of a head stays: rotary dimensions, scaling factors and norms hang on it.
     """
     small, fields = copy.deepcopy(config), config.to_dict()
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    layers = config.num_hidden_layers
+    heads = getattr(config, "num_attention_heads", None) or max(1, config.hidden_size // 64)  # Mamba has none
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     few_kv = min(kv_heads, 2)
     few = few_kv * min(heads // kv_heads, 2)

@@ -7,6 +7,7 @@ that transformers knows are gone through by tests/bench/families.py.
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_comparisons, make_model, make_tokenizer, refusal, write_jsonl
+from conftest import make_comparisons, make_model, make_tokenizer, read_metrics, refusal, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import families
 
 import train
+from minirm.freeze import freeze_bottom_layers
 from minirm.model import LOADER, classifier, empty_model, is_causal, load_config, loader, saved_tensors
 from minirm.run import model_fingerprint
 from minirm.weights import brings_head, export, load_weights, stored_weights
@@ -116,6 +118,33 @@ def test_a_model_that_cannot_grow_by_a_pad_token_is_refused_before_loading(tmp_p
     config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     assert "give its tokenizer a pad_token other than EOS" in refusal(load_config, str(tmp_path))
+
+
+def test_inputs_of_every_layer_are_frozen_with_the_embeddings():
+    """Gemma 3n and 4 feed each layer from the tokens: trained, they would carry the backward pass through all layers."""
+    for family, below in (("gemma4_text", "per_layer_model_projection"), ("gemma3n_text", "altup_projections.0")):
+        config = families.small_config(families.families()[family], make_tokenizer())
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+        frozen = freeze_bottom_layers(model, 0.5)
+        assert {"embed_tokens_per_layer.weight", f"{below}.weight"} <= {*frozen.parameters}, family
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all(re.match(r"layers\.[23]\.|norm\.|altup_unembed_projections", name) for name in trained), trained
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "lfm3", "mamba"])
+def test_kept_states_of_the_frozen_layers_change_nothing(family, tmp_path):
+    if family not in families.families():
+        pytest.skip("transformers is older than this family")
+    model = families.make_family(families.families()[family], tmp_path / "model")
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    losses = []
+    for more in ([], ["--cache_trunk", tmp_path / "cache"]):
+        flags = ["--model", model, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / f"{len(more)}"]
+        flags += ["--max_steps", 3, "--learning_rate", 1e-3, "--warmup_steps", 0, "--save_steps", 0, *more]
+        assert train.main(list(map(str, flags))) == 0
+        losses.append([row["eval_loss"] for row in read_metrics(tmp_path / f"{len(more)}") if "eval_loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 # -- Checkpoints of models that also see. --------------------------------------------------------------------------------
