@@ -65,6 +65,21 @@ def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
         raise ValueError("the blocks to train have no linear layers; leave --lora_rank away, or lower --freeze_ratio")
 
 
+def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:
+    """Matrices of the adapted blocks that have no adapter, by their names in a block: fused experts, routers, convolutions."""
+    if not hasattr(model, "lora"):
+        return []
+    path, blocks = find_blocks(model)
+    covered = {key.replace("/", ".") + ".weight" for key in model.lora}
+    bare = [
+        name
+        for i, block in list(enumerate(blocks))[len(frozen.layers) :]
+        for name, p in block.named_parameters()
+        if p.dim() > 1 and f"{path}.{i}.{name}" not in covered
+    ]
+    return sorted({*bare})
+
+
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
     """B is zero; A uniform as `nn.Linear` has it. The same numbers for any number of processes."""

@@ -141,6 +141,8 @@ def is_causal(config) -> bool:
     kind = type(config)
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
         return False
+    if getattr(config, "attn_type", None) == "bi":  # XLNet reads in both directions
+        return False
     return kind not in auto.MODEL_MAPPING or "Encoder" not in auto.MODEL_MAPPING[kind].__name__
 
 

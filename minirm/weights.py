@@ -187,7 +187,9 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
         cls, text.num_labels, rewards = classifier(text), 1, True
     elif (stored.architectures or [""])[0].endswith("ForSequenceClassification"):
         cls, text.num_labels = classifier(text), stored.num_labels
-    elif lora or (text.tie_word_embeddings and text is stored):  # the embeddings may be stored as those of the output
+    elif lora or (
+        getattr(text, "tie_word_embeddings", False) and text is stored
+    ):  # the embeddings may be stored as those of the output
         cls = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     else:
         cls = trunk_cls

@@ -12,11 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import train
+from minirm import score
 from minirm.freeze import freeze_bottom_layers
-from minirm.lora import PREFIX, Adapter, add_lora, init_lora, merge
+from minirm.lora import PREFIX, Adapter, add_lora, init_lora, merge, without_adapter
 from minirm.model import RewardModel
+from minirm.report.lines import freeze_line
 
 
 def plain(family):
@@ -54,6 +57,43 @@ def test_value_and_gradient_of_an_adapter_are_those_of_a_slow_reference():
     for k in range(2):
         gB = sum(g[o].item() * B[o][k] for o in range(5))
         assert adapter.A.grad[k].tolist() == pytest.approx([1.5 * gB * x[i].item() for i in range(3)], abs=1e-5)
+
+
+def test_at_full_rank_the_first_step_goes_where_full_training_goes():
+    """With B zero, a step of B alone changes W by -rate scale^2 G A^T A, which is along the gradient G where A^T A is 1."""
+    full, ids = plain("llama"), torch.arange(24).view(2, 12)
+    freeze_bottom_layers(full, 0.5)
+    weigh = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    (full(ids) * weigh).sum().backward()
+    model = plain("llama")
+    add_lora(model, 96, 96, freeze_bottom_layers(model, 0.5))  # no layer is wider
+    for adapter in model.lora.values():
+        nn.init.zeros_(adapter.B), nn.init.orthogonal_(adapter.A)
+    (model(ids) * weigh).sum().backward()
+    for key, adapter in model.lora.items():
+        step = -(adapter.B.grad @ adapter.A)
+        wanted = -full.get_submodule(key.replace("/", ".")).weight.grad
+        torch.testing.assert_close(step, wanted, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_matrices_without_an_adapter_are_named():
+    """Experts in one tensor, and their router: nn.Linear is what has adapters."""
+    config = CONFIG_MAPPING["mixtral"](
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = RewardModel(AutoModel.from_config(config))
+    frozen = freeze_bottom_layers(model, 0.5)
+    assert without_adapter(model, frozen) == []
+    add_lora(model, 2, 4, frozen)
+    assert without_adapter(model, frozen) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    assert "without adapters, so frozen as well: mlp.experts.down_proj, mlp" in freeze_line(model, frozen)
+    with torch.device("meta"):
+        model = plain("llama")
+    frozen = freeze_bottom_layers(model, 0.5)
+    add_lora(model, 2, 4, frozen)
+    assert "adapters" not in freeze_line(model, frozen)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -104,6 +144,7 @@ def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, mo
     assert run("two", world=2) == pytest.approx(wanted, abs=1e-5)
     assert run("sharded", world=2, patch=sharded) == pytest.approx(wanted, abs=1e-5)
     assert run("hybrid", "--shard_size", 2, world=4) == pytest.approx(wanted, abs=1e-5)
+    assert run("four", world=4) == pytest.approx(wanted, abs=1e-5)
     cached = run("cached", "--cache_trunk", tmp_path / "cache", "--gradient_checkpointing")
     assert cached == pytest.approx(wanted, abs=1e-5)
     run("resumed", steps=2)
@@ -128,6 +169,66 @@ def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, mo
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+COUNT = """
+import json
+from torch.utils._python_dispatch import TorchDispatchMode
+calls = []
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("c10d::"):
+            calls.append(func.name())
+        return func(*args, **(kwargs or {}))
+main = train.main
+def counted(argv):
+    with Count():
+        code = main(argv)
+    open(f"{argv[argv.index('--output_dir') + 1]}/calls-{rank}.json", "w").write(json.dumps(calls))
+    return code
+train.main = counted
+"""
+
+
+def test_adapters_cost_no_collective_of_their_own(server, model_folder, tmp_path):
+    """14 adapted matrices: a step has as many collectives as one that trains the head alone, which travels with them."""
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+
+    def collectives(name, steps, *flags):
+        given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", steps]
+        given += ["--output_dir", tmp_path / name, "--max_length", 64, "--eval_steps", 0, "--save_steps", 0, *flags]
+        run = server.run(*given, "--logging_steps", 0, world=2, patch=COUNT)
+        assert run.codes == [0, 0], run.text()[-3000:]
+        return len(json.loads((tmp_path / name / "calls-0.json").read_text()))
+
+    lora, head = ["--lora_rank", 4, "--freeze_ratio", 0.5], ["--freeze_ratio", 1]
+    of_a_step = [
+        collectives(f"{name}3", 3, *flags) - collectives(f"{name}1", 1, *flags)
+        for name, flags in (("lora", lora), ("head", head))
+    ]
+    assert of_a_step[0] == of_a_step[1] > 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, tmp_path, precision):
+    """Trained far too fast, so that the best evaluation is not the last; its mean reward is that of the exported model."""
+    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
+    flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--lora_rank", 4]
+    flags += ["--output_dir", tmp_path / "out", "--max_length", 64, "--learning_rate", 0.05, "--warmup_steps", 0]
+    run = server.run(*flags, "--max_steps", 8, "--eval_steps", 1, "--precision", precision, "--freeze_ratio", 0.5)
+    assert run.codes == [0], run.text()[-3000:]
+    rows = [row for row in read_metrics(tmp_path / "out") if "eval_loss" in row][1:]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert best["step"] < 8
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert loaded.config.mean == pytest.approx(best["eval_reward_mean"])
+    scores = tmp_path / "scores.jsonl"
+    given = ["--model", tmp_path / "out", "--data", data, "--output", scores, "--precision", precision]
+    assert score.main(list(map(str, given))) == 0
+    rewards = [row[side] for row in map(json.loads, scores.read_text().splitlines()) for side in ("chosen", "rejected")]
+    spread = max(1.0, best["eval_reward_std"])
+    assert sum(rewards) / len(rewards) == pytest.approx(best["eval_reward_mean"], abs=0.05 * spread)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

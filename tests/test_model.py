@@ -230,6 +230,7 @@ def config_only(folder, config):
         (transformers.T5Config(), "t5 is not a decoder"),
         (transformers.BartConfig(), "bart is not a decoder"),
         (transformers.ViTConfig(), "vit is not a decoder"),
+        (transformers.XLNetConfig(), "xlnet is not a decoder"),
         (transformers.CLIPConfig(), "clip_text_model is not a decoder"),
         (
             transformers.GPT2Config(quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -10,6 +10,7 @@ from minirm.data.prepare import Prepared, totals
 from minirm.data.tokens import common_prefix
 from minirm.errors import printable
 from minirm.freeze import Frozen
+from minirm.lora import without_adapter
 from minirm.rows import Batch
 
 # AdamW moves a weight by about the learning rate a step. Runs of a shorter path than this stayed at chance.
@@ -116,7 +117,10 @@ def freeze_line(model: nn.Module, frozen: Frozen) -> str:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = "no layer" if not frozen.layers else f"layers 0-{len(frozen.layers) - 1} of {frozen.total_layers}"
-    return f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
+    line = f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
+    if bare := without_adapter(model, frozen):
+        line += f"; without adapters, so frozen as well: {', '.join(bare)}"
+    return line
 
 
 def marked_pair(group: dict, tokenizer) -> str:

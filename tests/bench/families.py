@@ -44,6 +44,8 @@ AT_MOST = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_routed_experts": 4,
+    "moe_k": 2,
+    "num_experts_per_token": 2,
 }
 EXACTLY = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
 MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -82,6 +84,16 @@ BY_HAND = {
         "hidden_size_per_layer_input": 8,
         "sliding_window": 8,
     },
+    "gemma4_unified_text": NARROW
+    | {
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 8,
+    },
     "granitemoehybrid": NARROW
     | MAMBA_2
     | {
@@ -95,6 +107,7 @@ BY_HAND = {
     "jamba": NARROW
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4, "num_experts": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    "recurrent_gemma": NARROW | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "mamba2": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -143,7 +156,7 @@ def make_family(kind: type, folder: Path) -> Path:
     config = small_config(kind, tokenizer)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if (size := sum(p.numel() for p in model.parameters())) > 2e7:
+    if (size := sum(p.numel() for p in model.parameters())) > 1e8:
         raise ValueError(f"still has {size:,} parameters")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
