@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ from minirm.report.lines import final_report, headline, last_words, start_report
 from minirm.report.measure import TENTHS, describe, measure, right_by_tenth
 from minirm.report.profile import profiler
 from minirm.report.trackers import open_trackers
-from minirm.rows import Batch, collate
+from minirm.rows import Batch, ahead, collate
 from minirm.signals import Watch, interrupted
 from minirm.trunk_cache import TrunkCache, open_folder, probe_trunk_cache
 from minirm.weights import brings_head, choose_precision, export, load_weights, stored_weights
@@ -330,17 +330,22 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
         kept = checkpoint.load(resumed.checkpoint, resumed.state, trained, optimizer, scheduler, scaler, patient)
         print0(f"goes on from {printable(resumed.checkpoint)}, step {start} of {total_steps}\n")
 
-    def compute(part: str, groups: list[int]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-        """One forward pass over a rank's groups -> batch, rewards [R, L], and the loss of each pair [P]."""
+    def read(part: str, micro_steps: list[list[list[int]]]) -> list[Batch]:
+        """The batches of this rank's share of some micro-steps, on the CPU. In a thread of its own, one step ahead."""
         # A rank that has nothing left computes some row all the same, since every rank has to enter every forward.
-        rows = [getattr(data, part)[g] for g in groups] or [data.train[0] | {"chosen": []}]
-        batch = to_batch(rows)
+        rows = (
+            [getattr(data, part)[g] for g in groups[rank]] or [data.train[0] | {"chosen": []}] for groups in micro_steps
+        )
+        return [to_batch(some).pinned() if device.type == "cuda" else to_batch(some) for some in rows]
+
+    def compute(batch: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """One forward pass -> the batch on the device, rewards [R, L], and the loss of each pair [P]."""
         mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
         with cache.over(batch) if cache else nullcontext():  # skips the frozen layers if all of the batch is known
             batch = batch.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 rewards = model(batch.input_ids, mask, batch.position_ids)  # [R, L] fp32
-        return batch, rewards, comparison_loss(args, batch, rewards) if groups else rewards[0, :0]
+        return batch, rewards, comparison_loss(args, batch, rewards) if len(batch.chosen) else rewards[0, :0]
 
     held_out = describe(data.eval, args.eval_data or args.train_data, args.pair_weight == "prompt")
     pairs_of = torch.arange(len(held_out["prompt"])).split(pairs["eval"].tolist())  # [g]: numbers of its pairs
@@ -370,11 +375,12 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
         nonlocal result, best
         # Of each pair: chosen and rejected end reward, loss, and how much of each tenth is right.
         table = torch.zeros(len(held_out["prompt"]), 3 + TENTHS, dtype=torch.float64, device=device)
-        micro_steps = [micro_step for step in eval_plan for micro_step in step.micro_steps]
-        for micro_step in tqdm(micro_steps, desc="evaluating", leave=False, disable=rank > 0):
+        micro_steps = [[micro_step] for step in eval_plan for micro_step in step.micro_steps]
+        batches = ahead(partial(read, "eval"), micro_steps)
+        for [micro_step], [batch] in tqdm(batches, "evaluating", len(micro_steps), leave=False, disable=rank > 0):
             if stop := run.agreed(watch.caught):
                 return stop
-            batch, rewards, losses = compute("eval", micro_step[rank])
+            batch, rewards, losses = compute(batch)
             if micro_step[rank]:
                 here = torch.cat([pairs_of[g] for g in micro_step[rank]]).to(device, non_blocking=True)
                 right = right_by_tenth(*batch.pair_rewards(rewards), batch.start, batch.end)
@@ -388,6 +394,14 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
             kept.update(checkpoint.copies(trained))
         return 0
 
+    def planned_steps() -> Iterator[tuple[int, list[list[list[int]]], float]]:
+        """(step, micro-steps, each of them [groups of rank 0, of rank 1, ...], weight of all their pairs)."""
+        for step in range(start, total_steps):
+            epoch, place = divmod(step, epoch_steps)
+            if place == 0 or step == start:
+                plan = plan_of(lengths["train"], weights, accumulation=args.gradient_accumulation_steps, epoch=epoch)
+            yield step, *plan[place]
+
     # -- The loop. ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=start, desc="training", unit="step", disable=rank > 0)
     watch.saving = True  # from here on a signal waits until the step is finished and saved
@@ -400,17 +414,13 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     seen = before[4:]  # pairs, tokens, places with padding, tokens without sharing
     since = time.perf_counter() - resumed.state["seconds"]
     profiled = profiler(args.profile, total_steps - start, output, patient)
-    for step in range(start, total_steps):
-        epoch, place = divmod(step, epoch_steps)
-        if place == 0 or step == start:
-            plan = plan_of(lengths["train"], weights, accumulation=args.gradient_accumulation_steps, epoch=epoch)
-        micro_steps, step_weight = plan[place]
+    for (step, micro_steps, step_weight), batches in ahead(lambda planned: read("train", planned[1]), planned_steps()):
         # One optimizer step, in this order:
         #   scale, backward (for every micro-step; gradients are exchanged on the last), unscale, clip, step, update
         losses = []
-        for m, micro_step in enumerate(micro_steps):
+        for m, (micro_step, batch) in enumerate(zip(micro_steps, batches, strict=True)):
             shard.begin_micro_step(model, last=m == len(micro_steps) - 1)
-            batch, rewards, pair_losses = compute("train", micro_step[rank])
+            batch, rewards, pair_losses = compute(batch)
             here = torch.tensor(micro_step[rank], dtype=torch.int64)
             weight = (weights[here] / pairs["train"][here]).repeat_interleave(pairs["train"][here]).float()  # [P]
             weight = weight.to(device, non_blocking=True)  # a plain copy would wait for the GPU

@@ -6,13 +6,17 @@
 Rewards of completions are looked up by length, never by searching for a pad or EOS id.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minirm.data.tokens import common_prefix
 
+Item, Made = TypeVar("Item"), TypeVar("Made")
 PREFIX, PADDING = 0, -1  # in `segments`; the k-th completion of a row is k
 
 
@@ -37,6 +41,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, sent without waiting."""
         return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from which a GPU fetches without making the CPU wait."""
+        return Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(self).values()))
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix, and a
@@ -114,3 +122,19 @@ def collate(
     return Batch(
         input_ids, position_ids, segments, visible, places, *compared, margin, group_of, tokens, separate_tokens
     )
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
+    """(item, make(item)) of every item in order. A thread makes the next one while the caller works on this one.
+
+    What `make` raises is raised here, where its item would have come. Whoever stops early waits for one item at most.
+    """
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        before: tuple | None = None
+        for item in items:
+            coming = item, thread.submit(make, item)
+            if before:
+                yield before[0], before[1].result()
+            before = coming
+        if before:
+            yield before[0], before[1].result()

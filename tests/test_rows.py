@@ -6,10 +6,14 @@ triple gets a number of its own, and looks the same from whatever row, layout or
 pairs and reads their texts, one token after the other.
 """
 
+import gc
+import threading
+import time
+
 import pytest
 import torch
 
-from minirm.rows import PADDING, PREFIX, collate
+from minirm.rows import PADDING, PREFIX, ahead, collate
 
 EOS, PAD = 1, 0
 
@@ -226,3 +230,42 @@ def test_to_copies_every_tensor():
     tensors = [name for name, value in vars(moved).items() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 10 and all(getattr(moved, name).is_meta for name in tensors)
     assert moved.group == batch.group and moved.tokens == batch.tokens
+
+
+def test_the_next_item_is_made_while_the_caller_works_on_this_one():
+    made, threads = [], set()
+
+    def make(item):
+        made.append(item)
+        threads.add(threading.current_thread().name)
+        return item * item
+
+    seen = []
+    for item, square in ahead(make, range(5)):
+        while len(made) < min(item + 2, 5):  # would hang if nobody made the next one
+            time.sleep(0.001)
+        assert square == item * item and len(made) <= item + 2
+        seen.append(item)
+    assert seen == made == [0, 1, 2, 3, 4] and threading.current_thread().name not in threads
+    assert list(ahead(make, [])) == []
+
+
+def test_what_goes_wrong_ahead_is_raised_where_its_item_would_have_come():
+    def make(item):
+        if item == 2:
+            raise OSError(28, "No space left on device")
+        return item
+
+    seen = []
+    with pytest.raises(OSError, match="No space"):
+        for item, _ in ahead(make, range(5)):
+            seen.append(item)
+    assert seen == [0, 1]
+
+
+def test_whoever_stops_early_leaves_no_thread_behind():
+    for item, _ in ahead(lambda item: item, range(1000)):
+        if item == 3:
+            break
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

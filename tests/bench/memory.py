@@ -1,6 +1,6 @@
 """What `train.py --plan` says beside what is measured: bytes of one process in fp32 on the CPU.
 
-    OMP_NUM_THREADS=1 python tests/bench/memory.py [--width 512] [--layers 12] [--world_size 1 2]
+    OMP_NUM_THREADS=1 python tests/bench/memory.py [--width 512] [--layers 12] [--world_size 1 2] [--lora_rank 0]
 
 Every case is a process of its own (or several), which takes two optimizer steps over the rows that the plan assumes.
 Parameters, gradients and moments are counted on the tensors themselves; the peak is the kernel's count of resident
@@ -46,6 +46,7 @@ def child(case: dict) -> None:
 
     from minirm.attention import attention_mask, use_sdpa
     from minirm.freeze import freeze_bottom_layers
+    from minirm.lora import add_lora
     from minirm.model import empty_model
     from minirm.shard import begin_micro_step, cast_frozen, checkpoint_trained_blocks, shard, start_processes
 
@@ -54,7 +55,7 @@ def child(case: dict) -> None:
     before = resident("VmRSS")
     model = empty_model(make_config(case["family"], case["width"], case["layers"]))
     use_sdpa(model.trunk)
-    freeze_bottom_layers(model, 0.7)
+    add_lora(model, case["lora_rank"], 2.0, freeze_bottom_layers(model, 0.7))
     if case["checkpointing"]:
         checkpoint_trained_blocks(model)
     cast_frozen(model, torch.float32)
@@ -130,6 +131,7 @@ def expected(case: dict) -> dict:
     flags = ["--model", "any", "--plan", "--world_size", case["world_size"], "--max_length", case["max_length"]]
     flags += ["--per_device_train_batch_size", case["batch"], "--gradient_accumulation_steps", case["accumulation"]]
     flags += ["--gradient_checkpointing"] if case["checkpointing"] else []
+    flags += ["--lora_rank", case["lora_rank"]]
     args = train.parse_args([str(flag) for flag in [*flags, "--device", 1e6, 1, 1]])  # room for all that is frozen
     found = estimate(make_config(case["family"], case["width"], case["layers"]), args, torch.float32, "shared")
     frozen, trained, moments = found["parts"]["on a device, always"].values()
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max_length", type=int, default=550)
     parser.add_argument("--world_size", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lora_rank", type=int, default=0)
     args = parser.parse_args()
     if args.case:
         return child(args.case)
@@ -155,7 +158,7 @@ def main() -> None:
                 for checkpointing in (False, True):
                     case = {"family": family, "width": args.width, "layers": args.layers, "batch": args.batch,
                             "max_length": args.max_length, "accumulation": accumulation, "checkpointing": checkpointing,
-                            "world_size": world}  # fmt: skip
+                            "world_size": world, "lora_rank": args.lora_rank}  # fmt: skip
                     plan, found = expected(case), measure(case)
                     peak = found.pop("peak")
                     name = f"{family}, {world} devices, {accumulation} micro-steps{', checkpointing' if checkpointing else ''}"
