@@ -28,7 +28,7 @@ def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, means that the disk is full. Rust libraries say so only in the message."""
+    """Whether an error, or one that caused it, means a full disk. Rust libraries say so only in their messages."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             return True

@@ -66,7 +66,7 @@ def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder that is moved to its place at the end, so a killed process leaves nothing that looks complete.
+    """Yield a scratch folder and move it to its place at the end: a killed process leaves nothing that looks complete.
 
     If several processes make the same folder at once, the first one's stays; the others' are equal. Removes what dead
     processes left behind. Raises Stop if the disk is full.

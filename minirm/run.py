@@ -134,7 +134,7 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
 
 
 def all_alike(recipe: dict, group) -> None:
-    """Raise InputError on every process if one's recipe differs from rank 0's, say because its machine has old files."""
+    """Raise InputError on every process if one's recipe differs from rank 0's, perhaps by the files on its machine."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, recipe, group=group)
     for rank, other in enumerate(everyone):

@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="text between prompt and answer; default: as in training, else a line break")
     add("--chat_template", help="Jinja file for chat data; default: the model's own")
     add("--max_length", type=int, help="maximum tokens per text; default: as in training, else the model's positions")
-    add("--batch_size", type=int, default=8192, help="tokens per forward pass, padding included, or one row; default: 8192")
+    add("--batch_size", type=int, default=8192, help="tokens per forward pass with padding, or one row; default: 8192")
     add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: as stored on CUDA, fp32 on CPU")
     # fmt: on
     return parser.parse_args(argv)

@@ -1,14 +1,14 @@
 """The built-in demo: real English comparisons and a tiny GPT-J, made locally without network or GPU.
 
 The English comes from the docstrings of Python's standard library, read with `ast`; nothing is imported. The prompt is
-the signature of a function or class and the beginning of its docstring from the second sentence on; the chosen answer is
+the signature of a function or class and the beginning of its docstring after the first sentence; the chosen answer is
 the first sentence. Rejected answers have the same number of words, so that length reveals nothing:
 
     shuffled   the same words in another order, except for the first and last: no capital or full stop inside
-    other      the first sentence of another docstring; few, because matching content is almost too hard for such a model
+    other      the first sentence of another docstring; few, because matching content is nearly beyond such a model
 
-The model is pre-trained as a language model on the training prompts and their chosen answers, because most of its layers
-are frozen afterwards and must have learned something useful.
+The model is pre-trained as a language model on the training prompts and their chosen answers, because most of its
+layers are frozen afterwards and must have learned something useful.
 """
 
 import ast
@@ -112,7 +112,7 @@ def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[d
 
 
 def read_docstrings(library: Path) -> dict[str, str]:
-    """{first sentence of a docstring: prompt} of the functions and classes in library/**/*.py, without duplicate prompts.
+    """{first sentence of a docstring: prompt} of the functions and classes in library/**/*.py, with unique prompts.
 
     Takes only sentences of 5 to 25 words that begin with a capital and end with a full stop.
     """

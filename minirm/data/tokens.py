@@ -12,8 +12,8 @@ from minirm.errors import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
-    """Token ids with exactly one BOS, even if the text already contains the one that the tokenizer adds, and exactly one
-    EOS, or the chat template's end-of-turn token, at the end."""
+    """Token ids: the tokenizer's BOS once, even if the text already contains it, and at the end one EOS, or the token
+    that ends a turn in the chat template."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):  # like a call, but without offsets and masks
         backend.no_truncation(), backend.no_padding()
         backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
