@@ -2,8 +2,8 @@
 
     [prefix | completion 1 | ... | completion K | padding]
 
-Here are the mask that keeps the completions of a row apart, a probe that finds out whether an architecture is exact
-with such rows, and SDPA for two families that transformers runs with eager attention only.
+This module has the mask that separates the completions of a row, and SDPA for two families that transformers runs with
+eager attention only. probe.py tests whether an architecture is exact with such rows.
 """
 
 import types
@@ -15,25 +15,25 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 
 def attention_mask(segments, positions, visible, config, dtype, device=None):
-    """What to pass as `attention_mask=` to a transformers trunk, together with `position_ids=positions`.
+    """Make the `attention_mask=` of a transformers trunk, to be passed with `position_ids=positions`.
 
     segments [R, L] int: 0 = prefix, k >= 1 = k-th completion of the row, -1 = padding, at the end of the row only
-    positions [R, L] int: each completion goes on from the end of the prefix
-    visible [R, L] bool: may be seen as a key; False for padding
-    config: of the trunk, after `use_sdpa`; dtype: what attention computes in, so float16 under float16 autocast
-    device: where the mask goes. The first three are best on the CPU: a GPU would have to wait for what is looked up here
+    positions [R, L] int: each completion continues from the end of the prefix
+    visible [R, L] bool: may be attended to as a key; False for padding
+    config: the trunk's, after `use_sdpa`; dtype: the one attention computes in, so float16 under float16 autocast
+    device: where the mask goes. Keep the first three on the CPU: reading them from a GPU would synchronize
 
-    Key k is seen by query q iff k is visible, stands at or before q, belongs to the prefix or to q's completion and,
-    in a layer with a window, positions[q] - positions[k] < window, in one with chunks in q's chunk of positions. A query that would see nothing sees itself, so that
-    no softmax is empty; it is no key to others, so it changes nothing.
+    Query q attends to key k iff k is visible, at or before q, and in the prefix or q's completion. A windowed layer
+    also requires positions[q] - positions[k] < window, a chunked one that k is in q's chunk of positions. A query with
+    no keys attends to itself, so that no softmax is empty; no other query attends to it, so it changes nothing.
 
-    Returns, if every row is one completion, None or, where some of it is invisible, `visible` as a 2-D mask: causal
-    attention does the same, on SDPA's fast path (positions have to count on through the padding: transformers takes any
-    jump for packed sequences). Else an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`, a dict of them by
-    layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
+    If every row is one completion, returns None, or `visible` as a 2-D mask if some of it is False: causal attention is
+    equivalent and takes SDPA's fast path (positions must continue through the padding, since transformers takes a jump
+    for packed sequences). Otherwise returns an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`, a dict of
+    them by layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
     """
     real = segments >= 0
-    order = torch.where(real, segments, 2)  # 0 0 0 1 1 1 2 2 where a row is one completion
+    order = torch.where(real, segments, 2)  # 0 0 0 1 1 1 2 2 if a row is one completion
     places = torch.arange(segments.shape[1], device=segments.device)
     one_each = (segments < 2).all() & (order.diff(dim=1) >= 0).all() & ((positions == places) | ~real).all()
     if one_each:
@@ -42,19 +42,19 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(f"no mask for shared rows under attn_implementation={config._attn_implementation!r}")
     segments, positions, visible = (x.to(device or x.device, non_blocking=True) for x in (segments, positions, visible))
-    allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; in place below, it is 64 MiB at L = 8192
+    allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; updated in place: 64 MiB at L = 8192
     allowed |= (segments == 0)[:, None, :]
     allowed &= visible[:, None, :]
     allowed.tril_()
 
     layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if layer_types:  # gemma2, qwen2, olmo3, ...: every layer takes its mask out of a dict
+    if layer_types:  # gemma2, qwen2, olmo3, ...: every layer looks up its mask in a dict
         chunk = getattr(config, "attention_chunk_size", None)
         near = {"full_attention": {}, "sliding_attention": {"window": window}, "chunked_attention": {"chunk": chunk}}
         if unknown := set(layer_types) - set(near):
             raise ValueError(f"no mask for shared rows in layers of type {', '.join(sorted(unknown))}")
         return {kind: _additive(allowed, positions, dtype, **near[kind]) for kind in set(layer_types)}
-    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo, whose own attention counts by place in the row
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own window counts by index in the row
         return torch.cat([_additive(allowed, positions, dtype, w) for w in (None, config.window_size)], dim=1)
     return _additive(allowed, positions, dtype, window)  # mistral, phi3, mixtral: one window for all layers
 
@@ -62,8 +62,8 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
 def _additive(allowed, positions, dtype, window=None, chunk=None):
     """[R, L, L] bool, [R, L] -> [R, 1, L, L] of `dtype`: 0 where allowed and inside the window, or in the same chunk.
 
-    Additive and of the queries' dtype, so that all layers share one tensor: of any other SDPA makes a copy in every
-    layer and keeps it for backward. So it does on CUDA where rows of memory are not aligned to eights.
+    It is additive and has the queries' dtype, so that all layers share one tensor. SDPA copies any other mask in every
+    layer and keeps the copy for backward; on CUDA also a mask whose rows are not aligned to multiples of 8.
     """
     if window is not None:
         allowed = allowed & (positions[:, None, :] > positions[:, :, None] - window)
@@ -78,11 +78,11 @@ def _additive(allowed, positions, dtype, window=None, chunk=None):
 
 
 def use_sdpa(trunk):
-    """Send attention that can only be eager (GPT-Neo, and GPT-J where it has its own `_attn`) through SDPA, in place.
+    """Replace eager-only attention (GPT-Neo, and GPT-J if it has its own `_attn`) by SDPA, in place.
 
-    The config changes too, so that transformers makes no mask where SDPA needs none; no second model can be made from
-    that object. Under float16 autocast SDPA is also safer: the eager code turns queries and keys to float32 against
-    overflow and autocast turns them back, while SDPA sums and scales in float32. Dropout and key-value caches are left out.
+    This also changes the config, so that transformers makes no mask where SDPA needs none; do not build a second model
+    from that object. Under float16 autocast SDPA is also safer: eager code casts queries and keys to float32 against
+    overflow and autocast casts them back, while SDPA sums and scales in float32. No dropout, no key-value cache.
     """
     for module in trunk.modules():
         if isinstance(module, (GPTJAttention, GPTNeoSelfAttention)) and hasattr(module, "_attn"):
@@ -91,11 +91,11 @@ def use_sdpa(trunk):
 
 
 def _sdpa_attn(self, query, key, value, mask=None):
-    """In place of `_attn`: three [R, heads, L, head_dim] -> one, and None. Mask: None = causal, bool or additive."""
+    """Replace `_attn`: three [R, heads, L, head_dim] -> one, and None. Mask: None = causal, bool or additive."""
     local = getattr(self, "attention_type", None) == "local"  # GPT-Neo has such layers
-    if mask is not None and mask.shape[1] == 2:  # both masks of `attention_mask`: full, windowed
+    if mask is not None and mask.shape[1] == 2:  # two masks from `attention_mask`: full, windowed
         mask = mask[:, int(local), None]
-    elif local:  # rows of one completion: the window by place that the module keeps
+    elif local:  # rows of one completion: the module's own window, by index in the row
         near = self.bias[:, :, : key.shape[-2], : key.shape[-2]]
         never = False if mask is None or mask.dtype == torch.bool else torch.finfo(value.dtype).min
         mask = near if mask is None else mask.masked_fill(~near, never)

@@ -1,12 +1,12 @@
-"""Checkpoints: whole or not there, verified, loaded on any number of processes.
+"""Checkpoints: written atomically, verified by checksum, loaded on any number of processes.
 
-    checkpoint-<step>/   shard-*.safetensors   trained parameters, the optimizer's state and, as `best.*`, the parameters
-                                               at the best evaluation if that was an earlier one; a file per process
-                         checkpoint.json       all else that an exact resume needs, readable
-                         SHA256SUMS            of the files above, as `sha256sum -c` takes it
+    checkpoint-<step>/   shard-*.safetensors   trained parameters, optimizer state and, as `best.*`, the parameters at
+                                               the best evaluation if that was an earlier one; a file per process
+                         checkpoint.json       everything else that an exact resume needs, readable
+                         SHA256SUMS            checksums of the files above, for `sha256sum -c`
 
-No file is a pickle. Random numbers are not among the state, since none are drawn while training: dropout is off, and
-the order of the data is a function of seed and epoch.
+No file is a pickle. RNG state is not saved, because training draws no random numbers: dropout is off, and the order of
+the data is a function of seed and epoch.
 """
 
 import json
@@ -33,8 +33,8 @@ from minirm.files import PARTIAL, file_digest, put, to_disk
 from minirm.shard import on_first_process
 
 STATE, SUMS, METRICS = "checkpoint.json", "SHA256SUMS", "metrics.jsonl"
-# What checkpoint.json has. sums: what training rows have summed up since the last one, of each process, so that a resume adds
-# up in the same order. result, best: the last evaluation and that of the lowest loss. metrics: bytes of metrics.jsonl.
+# Fields of checkpoint.json. sums: each process's metric sums since the last logged row, so that a resumed run adds up
+# in the same order. result, best: last evaluation and the one with the lowest loss. metrics: bytes of metrics.jsonl.
 START = {
     "step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {},
     "recipe": {}, "processes": 0, "arguments": {}, "metrics": 0,
@@ -42,26 +42,26 @@ START = {
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
-    """{step: folder}, the newest first."""
+    """{step: folder}, newest first."""
     found = [(int(p.name[11:]), p) for p in output.glob("checkpoint-*") if p.name[11:].isdecimal()]
     return dict(sorted(found, reverse=True))
 
 
 # -- Writing and reading. ---------------------------------------------------------------------------------------------
 def best_is_own(state: dict) -> bool:
-    """Whether the best evaluation, if there is any, was that of the checkpoint's own parameters."""
+    """Whether the best evaluation, if any, is that of the checkpoint's own parameters."""
     return state["best"].get("step", state["step"]) == state["step"]
 
 
 def copies(trained: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    """(name, copy on the CPU) of each parameter, one after the other; of a sharded one this process's shard."""
+    """Yield (name, CPU copy) of each parameter; for a sharded parameter, a copy of this process's shard."""
     return ((name, p.detach().to("cpu", copy=True)) for name, p in trained.items())
 
 
 def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All that has to be kept, by name; sharded tensors stay so. Nothing frozen, and the best only where it is another.
+    """{name: tensor} to save, still sharded. Omits frozen parameters, and the best ones if they are the current ones.
 
-    Not by `get_state_dict`, which makes an optimizer that has not moved yet (fp16 skips its first steps) take a step.
+    Does not use `get_state_dict`, which makes an optimizer without state (fp16 skips its first steps) take a step.
     """
     kept = {f"model.{name}": p.detach() for name, p in trained.items()}
     kept |= {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
@@ -69,11 +69,11 @@ def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict
 
 
 def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict, limit: int, group) -> str:
-    """Writes checkpoint-<step> and removes older ones beyond `limit` (0: none). All processes; returns a line to print.
+    """Write checkpoint-<step> and remove old ones beyond `limit` (0: none). All processes call it. Returns a log line.
 
-    best: `copies` as of state["best"], or {}.
-    state["sums"]: [8] of this process; the rest, as in START and more, is the same on all of them.
-    Raises Stop on all of them if it cannot be written; the earlier checkpoints are untouched then.
+    best: `copies` from the time of state["best"], or {}.
+    state["sums"]: [8], this process's own; the other entries, as in START and more, are the same on all processes.
+    Raises Stop on every process if writing fails; earlier checkpoints stay untouched.
     """
     start = time.perf_counter()
     final = output / f"checkpoint-{state['step']}"
@@ -90,8 +90,8 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             digests = {name: digest for mine, _ in everyone for name, digest in mine.items()}
             state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, digests, limit)
-        except BaseException:  # CheckpointException is one
-            # Half a checkpoint only takes up room. Not also after it has its name: other machines may know the old one yet.
+        except BaseException:  # CheckpointException derives from it
+            # A partial checkpoint only wastes space. Not in `finally`: after the rename others may still see this name.
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
@@ -99,7 +99,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
 
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """As `files.writing`, for what lies in the output folder: the Stop names the newest checkpoint."""
+    """Like `files.writing`, for files in the output folder: the Stop also names the newest checkpoint."""
     output = path if path.is_dir() else path.parent
     earlier = [folder.name for folder in checkpoints(output).values()]
     with files.writing(path, size, f"{earlier[0] if earlier else 'No checkpoint'} is whole"):
@@ -115,7 +115,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _complete(partial: Path, final: Path, state: dict, digests: dict[str, str], limit: int) -> int:
-    """Adds checkpoint.json and SHA256SUMS, gives the folder its name, removes what is too old. Returns its bytes."""
+    """Add checkpoint.json and SHA256SUMS, rename the folder and remove old checkpoints. Returns its size in bytes."""
     if missing := [name for name in digests if not (partial / name).exists()]:
         raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
     to_disk(metrics := final.with_name(METRICS))
@@ -123,28 +123,28 @@ def _complete(partial: Path, final: Path, state: dict, digests: dict[str, str], 
     put(partial / STATE, json.dumps(state, indent=1).encode())
     digests[STATE] = file_digest(partial / STATE)
     put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode())
-    _remove(final)  # one that was not whole, or lay beyond the place from which the run was begun again
+    _remove(final)  # a damaged one, or one beyond the step from which the run was resumed
     os.rename(partial, final)
     to_disk(final.parent)
     there = checkpoints(final.parent)
-    kept = [step for step in there if step <= state["step"]][: limit or None]  # newer ones were passed over: not whole
+    kept = [step for step in there if step <= state["step"]][: limit or None]  # newer ones are damaged and were skipped
     for step in there.keys() - kept:
         _remove(there[step])
     return sum(path.stat().st_size for path in final.iterdir())
 
 
 def _remove(folder: Path) -> None:
-    """Renamed first, so that a folder half removed is not taken for a checkpoint."""
+    """Rename the folder before removing it, so that a half-removed one is not taken for a checkpoint."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}")))
 
 
 @contextmanager
 def whole_model(output: Path) -> Iterator[Path]:
-    """A folder to write the trained model's files into; they go to `output` when all of them are on disk.
+    """Yield a folder for the trained model's files; they move to `output` once all of them are on disk.
 
-    Nothing loads without config.json, which is taken away first and comes last. So at any moment `output` holds the
-    model of before, or the new one, or none that loads: never the weights of one beside shards or config of another.
+    A model does not load without config.json, which is removed first and added last. So `output` always holds the old
+    model, the new one, or none that loads, but never the weights of one with shards or the config of the other.
     """
     partial = output / f"model{PARTIAL}"
     try:
@@ -154,9 +154,9 @@ def whole_model(output: Path) -> Iterator[Path]:
             to_disk(path)
         (output / "config.json").unlink(missing_ok=True)
         to_disk(output)
-        for path in output.glob("model*.safetensors*"):  # another number of shards has other names
+        for path in output.glob("model*.safetensors*"):  # names differ with the number of shards
             path.unlink()
-        shutil.rmtree(output / "adapter", ignore_errors=True)  # a folder is not replaced by another
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # os.replace cannot replace a folder
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, output / path.name)
             to_disk(output)
@@ -165,7 +165,7 @@ def whole_model(output: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path) -> dict:
-    """The state of a checkpoint of which every byte is as it was written. Raises ValueError saying what is not."""
+    """Verify every byte of a checkpoint and return its state. Raises ValueError that says what is damaged."""
     try:
         sums = (folder / SUMS).read_text(errors="replace")
         files = [folder / STATE, *folder.glob("*.safetensors")]
@@ -190,9 +190,9 @@ def verify(folder: Path) -> dict:
 def load(
     folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, scheduler, scaler, group
 ) -> dict[str, Tensor]:
-    """Takes up where a checkpoint was made, in place, on any number of processes. All of them have to call it.
+    """Restore a checkpoint in place, on any number of processes. All of them must call it.
 
-    Returns the parameters as of state["best"] as `copies` does, {} if there is none. Raises InputError if it cannot.
+    Returns the parameters from the time of state["best"], as `copies` does, or {}. Raises InputError if loading fails.
     """
     best = dict(copies(trained)) if state["best"] else {}  # to be filled
     reader = HuggingFaceStorageReader(str(folder))
@@ -205,7 +205,7 @@ def load(
     except (CheckpointException, SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be loaded ({one_line(_cause(error))})") from None
     scaler.load_state_dict(state["scaler"])
-    # The place in the schedule alone: its length may have changed. The step puts the rate into the optimizer.
+    # Restore only the position in the schedule, whose length may have changed. step() sets the optimizer's rate.
     moved = state["schedule_steps"]
     scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": moved - 1, "_step_count": moved + 1})
     scheduler.step()

@@ -1,4 +1,4 @@
-"""Errors for people: one line that says what is wrong, where, what was expected and what to do."""
+"""Readable errors: one line that says what is wrong, where, what was expected and what to do."""
 
 import argparse
 import errno
@@ -10,25 +10,25 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, what was expected, what to do."""
+    """The user's input is wrong. The message is one line: what, where, what was expected, what to do."""
 
 
 @contextmanager
 def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
-    """Turn whatever of these kinds goes wrong inside into an InputError: what, why, and what to do.
+    """Turn exceptions of these kinds into an InputError that says what, why, and what to do.
 
-    A full disk is nobody's wrong input: it becomes a Stop.
+    A full disk is not wrong input: it becomes a Stop.
     """
     try:
         yield
-    except kinds as error:  # an OSError's own text names a path, maybe of a temporary file
+    except kinds as error:  # an OSError's own text names a path, perhaps a temporary one
         if disk_is_full(error):
             raise Stop(disk_full_line(error, what), 3) from None
         raise InputError(f"{what} ({getattr(error, 'strerror', None) or one_line(error)}){advice}") from None
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that there is no space left. Libraries in Rust say so in words."""
+    """Whether an error, or one that caused it, means a full disk. Rust libraries say so only in their messages."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             return True
@@ -44,7 +44,7 @@ def disk_full_line(error: BaseException, what: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse prints the whole usage; one line says what is wrong
+    def error(self, message: str) -> None:  # argparse would print the whole usage
         raise InputError(message)
 
 
@@ -54,9 +54,9 @@ def one_line(error: Exception | str) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Text in one line that no terminal obeys: what is not printable is escaped, \n and \x1b as Python writes them.
+    r"""One line that cannot control a terminal: non-printable characters are escaped as in Python, such as \n and \x1b.
 
-    For whatever comes from data, file names or model names.
+    Use it for everything that comes from data, file names or model names.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
@@ -67,5 +67,5 @@ def shown(value: Any) -> str:
 
 
 class Stop(Exception):
-    """The run ends here: Stop(one line for people, exit code). 0: nothing left to do; 3: a fault that will come again
-    if nothing is changed; 128 + n: signal n asked for it."""
+    """The run ends here: Stop(readable line, exit code). 0: nothing left to do; 3: a fault that recurs unless something
+    is changed; 128 + n: stopped by signal n."""

@@ -1,7 +1,7 @@
-"""What a run will take: bytes, floating-point operations, seconds. From the configuration alone: no weights, no data.
+"""Estimate a run's bytes, floating-point operations and seconds from the configuration alone: no weights, no data.
 
-Parameters, gradients and moments are counted. Activations and operations are read off a forward and a backward pass of
-the real model over fake tensors (shapes without memory), so they hold for any architecture and change with the code.
+Parameters, gradients and moments are counted. Activations and operations are measured in a forward and backward pass of
+the real model over fake tensors (shapes without memory), so they hold for any architecture and follow the code.
 """
 
 import copy
@@ -29,17 +29,17 @@ from minirm.probe import probe_shared_rows
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
 from minirm.weights import choose_precision
 
-MACHINE = 8  # devices that share a copy of what is trained if --shard_size does not say: those of a usual machine
-USABLE = 0.9  # of a device's memory: the rest is for CUDA itself and for gaps between tensors
+MACHINE = 8  # devices that share a copy of the trained parameters without --shard_size: those of a typical machine
+USABLE = 0.9  # share of a device's memory; the rest is for CUDA itself and for fragmentation
 aten = torch.ops.aten
-FLOPS = flop_registry | {  # and what it lacks: experts, and the CPU's attention, which begins with the GPU's arguments
+FLOPS = flop_registry | {  # plus what it lacks: experts, and CPU attention, whose first arguments are those on GPUs
     aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
         flop_registry[aten._scaled_dot_product_flash_attention_backward],
 }  # fmt: skip
-# What CUDA's autocast computes, and keeps, in fp32, and the CPU's does not: of the list in
-# https://docs.pytorch.org/docs/stable/amp.html what decoders use.
+# Operations that CUDA's autocast runs in fp32, with fp32 outputs, but the CPU's does not: those that decoders use from
+# the list in https://docs.pytorch.org/docs/stable/amp.html.
 FP32 = {"pow", "__pow__", "__rpow__", "exp", "rsqrt", "reciprocal", "sum", "cumsum", "softmax", "layer_norm",
         "softplus"}  # fmt: skip
 
@@ -52,10 +52,10 @@ class CudaAutocast(TorchFunctionMode, ContextDecorator):
 
 
 class Meter(TorchDispatchMode):
-    """Counts what is computed inside: floating-point operations, and bytes of the tensors made that are still there.
+    """Count floating-point operations, and the bytes of live tensors that were created inside.
 
-    `peak` is the most there ever were, together with what was added from outside.
-    torch's FlopCounterMode will not do beside it: what it refers to is freed late, so that peaks come out too high.
+    `peak` is their maximum, including what was added from outside.
+    Do not combine it with torch's FlopCounterMode, which frees its references late and so inflates the peak.
     """
 
     def __init__(self, known: list[Tensor]):
@@ -80,9 +80,9 @@ class Meter(TorchDispatchMode):
 
 
 def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, kept: float) -> tuple[Meter, int]:
-    """(of forward and backward, FLOP of the forward pass). kept: bytes that stay of the gradient of a trained parameter."""
+    """(Meter of forward and backward, FLOP of the forward pass). kept: bytes kept per element of a trained gradient."""
     fake, mask = model.score.weight.fake_mode, None
-    if layout == "shared":  # a short one shows its form
+    if layout == "shared":  # a short mask shows the structure
         short = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]), torch.ones(1, 3) > 0
         mask = attention_mask(*short, model.trunk.config, dtype)
     meter = Meter([*model.parameters(), *model.buffers()])
@@ -104,26 +104,26 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
 
 
 def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[str, Any]:
-    """What a run takes, for `table` to print; of one device where it does not say otherwise.
+    """Estimate a run's cost for `table` to print, per device unless stated otherwise.
 
-    args: train.py's flags, with device = (GB of memory, TFLOP/s, GB/s sent); dtype: what is computed in; layout: "shared"
-    or "separate" rows, the longest that one comparison a prompt can make: two answers of which nothing is shared.
+    args: train.py's flags, with device = (GB of memory, TFLOP/s, GB/s sent); dtype: the compute precision; layout:
+    "shared" or "separate" rows, as long as one comparison per prompt can make them: two answers that share nothing.
     Raises ValueError as `freeze_bottom_layers` does.
     """
     prompts, micro_steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     shards, offload = args.shard_size or (MACHINE if world % MACHINE == 0 else world), args.cpu_offload
-    computed = torch.bfloat16 if dtype == torch.float16 else dtype  # as large, and experts know no other
+    computed = torch.bfloat16 if dtype == torch.float16 else dtype  # same size; experts support only bf16
     with FakeTensorMode():  # parameters as FSDP gathers them, the head in fp32
         model = RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=computed)).eval()
         frozen_part = freeze_bottom_layers(model, args.freeze_ratio, embeddings=not args.train_embeddings)
         add_lora(model, args.lora_rank, args.lora_alpha, frozen_part)
     use_sdpa(model.trunk)
     blocks = find_blocks(model)[1]
-    for block in blocks:  # not around the whole step: it would be off where backward computes checkpoints anew
+    for block in blocks:  # not around the whole step: it would not apply when backward recomputes checkpointed blocks
         block.forward = CudaAutocast()(block.forward)
     if args.gradient_checkpointing:
         checkpoint_trained_blocks(model)
-    if args.micro_batch_tokens:  # the longest prompts that one comparison can make fill a micro-step
+    if args.micro_batch_tokens:  # assume the longest possible prompts of one comparison
         whole, prompts = prompts * micro_steps, max(1, args.micro_batch_tokens // (2 * args.max_length))
         prompts = min(prompts, whole)
         micro_steps = -(-whole // prompts)
@@ -132,18 +132,18 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
     def count(module: nn.Module, trained: bool = True) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
-    number = dtype.itemsize  # bytes of one in the compute precision
+    number = dtype.itemsize  # bytes per number in the compute precision
     sent_as = (
         4 if args.lora_rank else number
-    )  # what FSDP gathers of a trained one: adapters travel with the head, in fp32
+    )  # bytes that FSDP gathers per trained number: adapters are gathered with the head, in fp32
     trained, frozen = count(model), count(model, trained=False)
     units = [count(block) for block in blocks]
-    unit = max(*units, trained - sum(units))  # what FSDP gathers and reduces at a time; the rest is one, too
+    unit = max(*units, trained - sum(units))  # largest FSDP unit; the rest is a unit, too
     frozen_unit = max(count(block, trained=False) for block in blocks)
     stay, once = what_stays(frozen * number, trained * number, args.device[0] * 1e9, shards == 1, offload)
-    frozen_shard = 0 if shards == 1 and stay else frozen * number / shards  # that FSDP gathers the whole from
-    share = 4 * trained / shards  # bytes of a number in fp32 for each trained parameter of a device
-    # Without a sync FSDP sums up whole gradients: all of them are there when the last micro-step begins.
+    frozen_shard = 0 if shards == 1 and stay else frozen * number / shards  # from which FSDP gathers
+    share = 4 * trained / shards  # bytes of one fp32 number for each trained parameter on a device
+    # Without a sync FSDP accumulates unsharded gradients: all of them exist when the last micro-step begins.
     summed = 4 * trained if micro_steps > 1 else 0
     buffers = sum(b.nbytes for b in model.buffers())
     meter, forward = micro_step(model, rows, length, computed, layout, 0 if summed or offload else 4 / shards)
@@ -157,8 +157,8 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         },
         "in backward": {
             "whole gradients of earlier micro-steps, fp32": summed,
-            # Kept through the step where there is room, else a unit is gathered while the one before is in use; gradients
-            # of a unit come in the compute precision and are reduced in fp32.
+            # Kept for the whole step if there is room; else a unit is gathered while the previous one is in use. Its
+            # gradients arrive in the compute precision and are reduced in fp32.
             "trained parameters, gathered": trained * sent_as if once else 2 * unit * sent_as,
             "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
             "gradients on their way": unit * (sent_as + 4),
@@ -185,7 +185,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
 
 
 def table(found: dict[str, Any], args: Namespace) -> str:
-    """What `estimate` found, for people."""
+    """Format the result of `estimate` for people."""
     (memory, flops, bandwidth), computing, sending = args.device, found["computing"], found["sending"]
     shared = f"; {found['shards']} share a copy of what is trained" if args.world_size > 1 else ""
     lines = [
@@ -212,13 +212,13 @@ def table(found: dict[str, Any], args: Namespace) -> str:
 
 
 def show_plan(args: Namespace) -> None:
-    """Prints what a run with train.py's flags would take."""
+    """Print the estimated cost of a run with train.py's flags."""
     if not args.device:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80
         args.device = [memory, 400, 300]
     if args.world_size % (args.shard_size or 1):
         raise InputError(f"--shard_size {args.shard_size} must divide --world_size, which is {args.world_size}")
-    args.train_data = []  # needs none
+    args.train_data = []  # not needed
     use_demo(args)
     precision = choose_precision(args.model, "cuda", True)[0] if args.precision == "auto" else args.precision
     dtype = DTYPES[precision]

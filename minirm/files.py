@@ -1,4 +1,4 @@
-"""Files that are whole or not there: digests, atomic writes, folders that appear complete."""
+"""Files that are complete or absent: digests, atomic writes, folders that appear only when complete."""
 
 import fcntl
 import hashlib
@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 
 from minirm.errors import Stop, one_line
 
-PARTIAL = ".partial"  # what is not complete ends so, and whatever ends so may be removed
+PARTIAL = ".partial"  # suffix of incomplete files and folders, which may be removed
 
 
 def put(path: Path, content: bytes, sync: bool = True) -> None:
-    """The whole content or nothing, whoever else writes that file or is killed; with `sync` even if the power fails."""
+    """Write a file atomically, even if others write it too or are killed; with `sync` even if the power fails."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def put(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """A file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -48,9 +48,9 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
-    """Turn what the disk or file system objects to into a Stop that names the path, the bytes it takes and those free.
+    """Turn errors of the disk or file system into a Stop that names the path, the bytes needed and the bytes free.
 
-    size: bytes, 0 where nobody knows; earlier: what is safe all the same.
+    size: bytes, 0 if unknown; earlier: says what is safe nevertheless.
     """
     try:
         yield
@@ -66,10 +66,10 @@ def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, made beside its place and put there at the end: who is killed leaves nothing that looks complete.
+    """Yield a scratch folder and move it to its place at the end: a killed process leaves nothing that looks complete.
 
-    Where several processes make the same one at once, that of the first stays; those of the others are as good. What
-    processes that are gone have left behind is removed. Raises Stop if the disk is full.
+    If several processes make the same folder at once, the first one's stays; the others' are equal. Removes what dead
+    processes left behind. Raises Stop if the disk is full.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if (lock := _locked(leftover)) is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
-        while True:  # until nobody has taken it for a leftover before it was locked
+        while True:  # until no other process has removed it as a leftover before it was locked
             scratch = Path(tempfile.mkdtemp(PARTIAL, f"{folder.name}.", folder.parent))
             if (lock := _locked(scratch)) is not None and scratch.exists():
                 break
@@ -96,7 +96,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder until it is closed, or its process is gone; None if another has it."""
+    """Lock a folder: a descriptor that holds the lock until it is closed or its process ends; None if it is taken."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -110,5 +110,5 @@ def _locked(folder: Path) -> int | None:
 
 
 def as_json(value: dict) -> str:
-    """On one line. What is not finite becomes null: nan and inf are not JSON."""
+    """JSON on one line. nan and inf become null, because they are not valid JSON."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))

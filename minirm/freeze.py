@@ -1,12 +1,12 @@
-"""Freezing the bottom layers of a decoder: they keep what pre-training taught them, and cost no backward pass."""
+"""Freeze the bottom layers of a decoder: they keep what pre-training taught them and need no backward pass."""
 
 import re
 from typing import NamedTuple
 
 from torch import nn
 
-# What decoders call their list of blocks: transformer.h (gpt2, gptj, bloom, falcon), model.layers (llama and most
-# others), gpt_neox.layers, model.decoder.layers (opt), transformer.blocks (mpt, dbrx), backbone.layers (mamba).
+# Names of the block list in decoders: transformer.h (gpt2, gptj, bloom, falcon), model.layers (llama and most others),
+# gpt_neox.layers, model.decoder.layers (opt), transformer.blocks (mpt, dbrx), backbone.layers (mamba).
 BLOCK_LIST_NAMES = ("h", "layers", "blocks", "layer", "block")
 # What stands between the tokens and the first block: embeddings and their norm (bloom), projections (opt), inputs of
 # every layer (gemma3n, gemma4); gemma3n's altup_unembed_projections stand behind the last block.
@@ -22,13 +22,13 @@ class Frozen(NamedTuple):
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks of any decoder, and its name inside `model` ("transformer.h").
+    """Find the list of transformer blocks of any decoder and its name inside `model` ("transformer.h").
 
-    Raises ValueError, naming what was looked for and what is there, if there is none, or an encoder's as well.
+    Raises ValueError, with the names expected and found, if there is no such list, or if an encoder has one too.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = [name for name in lists if name.rpartition(".")[2] in BLOCK_LIST_NAMES and len(lists[name])]
-    # A list inside a block (the layers of an expert, say) is not the list of blocks.
+    # A list inside a block, such as an expert's layers, is not the block list.
     found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     if len(found) != 1:
         raise ValueError(
@@ -40,9 +40,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def trained_layer_count(layers: int, ratio: float) -> int:
-    """int((1 - ratio) * layers), at least one unless ratio is 1, where the head alone is trained.
+    """int((1 - ratio) * layers), but at least one, except for ratio 1, which trains only the head.
 
-    The published code takes `layers[:-int(0.3 * n)]`, which freezes nothing at all when the product is below one.
+    The published code uses `layers[:-int(0.3 * n)]`, which freezes nothing if the product is below one.
     Raises ValueError if ratio is outside 0..1.
     """
     if not 0 <= ratio <= 1:
@@ -51,14 +51,14 @@ def trained_layer_count(layers: int, ratio: float) -> int:
 
 
 def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool = True) -> Frozen:
-    """Turns requires_grad off, in place, for the bottom `ratio` of the blocks and for the embeddings that feed them.
+    """Set requires_grad to False, in place, for the bottom `ratio` of the blocks and the embeddings below them.
 
     Args:
         model: any decoder: bare, with a language-model head, or a RewardModel.
-        ratio: share of the blocks; `trained_layer_count` of them stay trainable. 0 freezes nothing at all; 1 freezes
-            the whole trunk, final norm included, so that only a head outside of it is trained.
-        embeddings: False leaves them trainable (the published code), and backward has to cross every frozen block.
-    Raises ValueError if ratio is outside 0..1, as `find_blocks` does, and if frozen and trained blocks share weights.
+        ratio: share of the blocks; `trained_layer_count` of them stay trainable. 0 freezes nothing; 1 freezes the
+            whole trunk including the final norm, so that only a head outside it is trained.
+        embeddings: False leaves them trainable, as in the published code; backward then crosses every frozen block.
+    Raises ValueError if ratio is outside 0..1, if `find_blocks` does, and if frozen and trained blocks share weights.
     """
     name, blocks = find_blocks(model)
     decoder = model.get_submodule(name.rpartition(".")[0])

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): frozen matrices learn W x + (alpha / rank) B A x, with A and B alone trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): frozen linear layers compute W x + (alpha / rank) B A x; A and B train.
 
-The adapters live beside the trunk, in `model.lora`, and reach its linear layers through forward hooks. So no name inside the
-trunk changes, and FSDP gathers and reduces all of them together with the head, in fp32: no collective per matrix.
+The adapters are outside the trunk, in `model.lora`, and act on its linear layers through forward hooks. So no name in
+the trunk changes, and FSDP gathers and reduces them all with the head, in fp32, without a collective per matrix.
 """
 
 import json
@@ -21,7 +21,7 @@ PREFIX = "lora."
 
 
 class Adapter(nn.Module):
-    """A [rank, in] and B [out, rank] of one linear layer, fp32, and the factor of their product."""
+    """A [rank, in] and B [out, rank] of one linear layer, fp32, and the scale of their product."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, transposed: bool):
         super().__init__()
@@ -29,15 +29,15 @@ class Adapter(nn.Module):
         self.scale, self.transposed = scale, transposed
 
     def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        # Through self each time: FSDP swaps the parameters.
+        # Look up A and B on every call, because FSDP swaps the parameters.
         return output + self.scale * F.linear(F.linear(inputs[0], self.A), self.B)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
-    """Freezes the whole trunk of an empty RewardModel and puts adapters on the linear layers of the blocks that are not frozen.
+    """Freeze the whole trunk of an empty RewardModel and add adapters to the linear layers of the unfrozen blocks.
 
     rank 0 changes nothing.
-    Raises ValueError if there is no linear layer, or one that shares its weight with another.
+    Raises ValueError if there is no linear layer, or if one shares its weight with another.
     """
     if not rank:
         return
@@ -82,7 +82,7 @@ def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:
 
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
-    """B is zero; A uniform as `nn.Linear` has it. The same numbers for any number of processes."""
+    """Set B to zero and A uniform as in `nn.Linear`. The numbers do not depend on the number of processes."""
     generator = torch.Generator().manual_seed(seed)
     for adapter in getattr(model, "lora", {}).values():
         bound = 1 / math.sqrt(adapter.A.shape[1])
@@ -97,9 +97,9 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 
 def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of the model -> those of one without adapters: the products are added in fp32, then rounded."""
+    """Merge the adapters into full tensors {name: tensor}: the products are added in fp32, then rounded."""
     merged = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    for key, adapter in getattr(model, "lora", {}).items() if state else ():  # rank 0 alone has it
+    for key, adapter in getattr(model, "lora", {}).items() if state else ():  # only rank 0 has it
         name = key.replace("/", ".") + ".weight"
         product = adapter.scale * state[f"{PREFIX}{key}.B"] @ state[f"{PREFIX}{key}.A"]
         weight = merged[name]
@@ -110,7 +110,7 @@ def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, state: dict[str, Tensor], base: str, folder: Path) -> None:
     """Write adapters and head as `peft` does, for `PeftModel.from_pretrained(base model with one label, folder)`.
 
-    state: whole tensors by the names of RewardModel, adapters among them; base: name or folder of the base model.
+    state: full tensors by their names in RewardModel, including adapters; base: name or folder of the base model.
     """
     prefix = f"{model.trunk.base_model_prefix}."
     names = {key: key.replace("/", ".").replace("trunk.", prefix, 1) for key in model.lora}

@@ -1,12 +1,12 @@
-"""Pairwise losses and accuracy: plain functions of tensors, no state, torch alone.
+"""Pairwise losses and accuracy: stateless functions of tensors that need only torch.
 
-Everything is computed in at least fp32: in fp16 `log(sigmoid(x))` is -inf below about -17, and two scores that
-differ tie by accident. B = pairs, T = tokens counted from any origin that the two texts of a pair share.
+Everything is computed in at least fp32. In fp16 `log(sigmoid(x))` is -inf below about -17, and two different scores
+can tie by rounding. B = pairs, T = tokens, counted from any origin that the two texts of a pair share.
 
-`margin` [B], in units of reward, is what the chosen answer has to be ahead by (Llama 2, arXiv 2307.09288, eq. 2).
-`weight` [B] turns the mean over pairs into a weighted one: 1 / (comparisons of its prompt) lets a prompt with many of
-them count as one (InstructGPT, arXiv 2203.02155, section 3.5). reduction="none" gives each pair's loss [B], times its
-weight, instead of their mean.
+`margin` [B], in units of reward, is the lead that the chosen answer must have (Llama 2, arXiv 2307.09288, eq. 2).
+`weight` [B] turns the mean over pairs into a weighted mean: with 1 / (comparisons of the pair's prompt), every prompt
+counts once (InstructGPT, arXiv 2203.02155, section 3.5). reduction="none" returns each pair's loss [B], times its
+weight, instead of the mean.
 """
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     """First position at which the two token sequences of each pair differ.
 
-    Args: chosen_ids, rejected_ids: [B, T] integers, padded alike. Returns: [B] int64.
-    Raises ValueError for other shapes, and for a pair whose two sides are the same.
+    Args: chosen_ids, rejected_ids: [B, T] integers, padded the same way. Returns: [B] int64.
+    Raises ValueError for other shapes, and for a pair whose two sides are equal.
     """
     _check_shapes(chosen_ids=chosen_ids, rejected_ids=rejected_ids, dims=2)
     differs = chosen_ids != rejected_ids
@@ -26,7 +26,7 @@ def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     if same.any():
         rows = same.nonzero().flatten().tolist()
         raise ValueError(f"chosen_ids and rejected_ids are equal in rows {rows}: leave identical pairs out")
-    return differs.int().argmax(dim=1)  # argmax gives the first of equal maxima
+    return differs.int().argmax(dim=1)  # argmax returns the first of equal maxima
 
 
 def divergence_loss(
@@ -41,14 +41,14 @@ def divergence_loss(
 ) -> Tensor:
     """Mean over pairs of the mean over start <= t < end of -logsigmoid(c_t - r_t - margin).
 
-    The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs. What
-    lies outside [start, end) has no influence, not even when it is infinite or nan.
+    The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs.
+    Rewards outside [start, end) have no influence, even if they are infinite or nan.
 
     Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T; margin,
         weight, reduction: see above.
     Returns: scalar in fp32 (fp64 for fp64 rewards).
-    Raises ValueError for other shapes and for an empty range. On a GPU ranges are not looked at, since that would
-    stop the queue every step: an empty one gives nan.
+    Raises ValueError for other shapes and for an empty range. On a GPU ranges are not checked, because that would
+    synchronize every step; an empty range gives nan.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=2)
     _check_shapes(start=start, end=end, dims=1)
@@ -61,7 +61,7 @@ def divergence_loss(
         )
     t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
-    # Masked before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
+    # Mask before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
     difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)
     if margin is not None:
         _check_shapes(end=end, margin=margin, dims=1)
@@ -81,8 +81,8 @@ def pairwise_loss(
     """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin).
 
     Args: chosen_rewards, rejected_rewards: [B] floats; margin, weight, reduction: see above. Returns: scalar in fp32
-    (fp64 for fp64 rewards). Raises ValueError for other shapes; in particular a [B, 1] margin is refused instead of
-    being broadcast to [B, B].
+    (fp64 for fp64 rewards). Raises ValueError for other shapes, including a [B, 1] margin, which would broadcast to
+    [B, B].
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
@@ -95,17 +95,17 @@ def pairwise_loss(
 def centering_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Mean over pairs of (chosen + rejected)^2: what keeps rewards around zero, which pairs alone leave open.
+    """Mean over pairs of (chosen + rejected)^2. It centers rewards at zero; pairwise losses leave their offset free.
 
-    Eisenstein et al., arXiv 2312.09244; added to a loss with a small coefficient, 0.01 there. Args, returns,
-    raises: as `pairwise_loss`.
+    Eisenstein et al., arXiv 2312.09244, who add it to the loss with a small coefficient, 0.01. Args, returns,
+    raises: as in `pairwise_loss`.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     return _reduced((_at_least_fp32(chosen_rewards) + _at_least_fp32(rejected_rewards)) ** 2, weight, reduction)
 
 
 def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Share of pairs whose chosen reward is the greater one. A tie is not correct: a constant scorer has accuracy 0.
+    """Share of pairs whose chosen reward is greater. A tie is not correct, so a constant scorer has accuracy 0.
 
     Args: chosen_rewards, rejected_rewards: [B] floats. Returns: scalar in 0..1, fp32. Raises ValueError for other shapes.
     """

@@ -1,4 +1,4 @@
-"""The reward model: any transformers decoder as trunk and a linear head; loading it, and saving it for others."""
+"""The reward model: a linear head on any transformers decoder, and its configuration, tokenizer and export class."""
 
 import copy
 import json
@@ -18,16 +18,16 @@ from transformers.utils import find_adapter_config_file
 from minirm.data.chat import set_chat_template
 from minirm.errors import InputError, refusing
 
-PAD_TOKEN = "<|pad|>"  # added where the tokenizer has no pad token of its own
+PAD_TOKEN = "<|pad|>"  # added if the tokenizer has no pad token of its own
 HEAD_SCALE = (
-    1e-3  # so small that states a hundred times the usual size give no rewards to unlearn; not 0: those were ties
+    1e-3  # even states 100 times the usual size give no rewards to unlearn; not 0, which would make every pair a tie
 )
 
 
 class RewardModel(nn.Module):
-    """A decoder (of `AutoModel`) and a head that gives every token a reward.
+    """A decoder (from `AutoModel`) and a head that gives every token a reward.
 
-    It knows nothing of ranks, precision or freezing: those are applied from outside.
+    It knows nothing about ranks, precision or freezing, which are applied from outside.
     """
 
     def __init__(self, trunk: nn.Module):
@@ -36,25 +36,25 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(width(trunk.config), 1, bias=False, dtype=torch.float32)
 
     def forward(self, input_ids: Tensor, attention_mask=None, position_ids: Tensor | None = None) -> Tensor:
-        """input_ids, position_ids: [R, L] int64; attention_mask: what the trunk takes -> rewards [R, L] in fp32."""
+        """input_ids, position_ids: [R, L] int64; attention_mask: as the trunk takes it -> rewards [R, L] in fp32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
-        # fp32 whatever autocast says: half-precision rewards would tie by accident. A clone: FSDP warns of views.
+        # fp32 even under autocast: half-precision rewards would tie by rounding. Clone because FSDP warns about views.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1).clone()
 
 
 def width(config) -> int:
-    """Numbers per token that come out of the trunk. OPT-350m projects its hidden states down once more."""
+    """Size of the trunk's output per token. OPT-350m projects its hidden states down at the end."""
     config = config.get_text_config()
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
 def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
-    """[1, H] fp32, normal. Published: with std 1/sqrt(H + 1) (Stiennon et al., arXiv 2009.01325); else HEAD_SCALE of that.
+    """[1, H] fp32, normal. Published: std 1/sqrt(H + 1) (Stiennon et al., arXiv 2009.01325); else times HEAD_SCALE.
 
-    Published rewards are of unit size only where the final states are. A real model's are larger: SmolLM2-135M starts at
-    a loss of 1.1 to 1.4, and spends its first epoch unlearning that. A small head starts at log 2 whatever the states.
+    The published rewards have unit size only if the final states do. A real model's states are larger: SmolLM2-135M
+    starts at a loss of 1.1 to 1.4 and spends its first epoch unlearning that. A small head always starts at log 2.
     """
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
@@ -62,18 +62,18 @@ def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
 
 
 def lora_of(name: str) -> dict:
-    """adapter_config.json of a LoRA adapter, {} of any other model."""
+    """adapter_config.json of a LoRA adapter, {} for any other model."""
     path = None
     if not name.endswith(".gguf") and not (Path(name) / "config.json").exists():
-        with suppress(OSError):  # no such name: whoever reads the model says it
+        with suppress(OSError):  # no such name: reported when the model is read
             path = find_adapter_config_file(name)
     return json.loads(Path(path).read_text()) if path else {}
 
 
 def origin(name: str) -> dict[str, str]:
-    """Arguments of from_pretrained: of a GGUF file its folder and name, of an adapter the model that it was trained on.
+    """Arguments of from_pretrained: folder and name for a GGUF file, the base model for an adapter.
 
-    Raises InputError where the package that reads them is missing.
+    Raises InputError if the package that reads them is missing.
     """
     if name.endswith(".gguf"):
         if not find_spec("gguf"):
@@ -91,18 +91,18 @@ def origin(name: str) -> dict[str, str]:
 def load_config(name: str, chat_template: str | None = None):
     """(config, tokenizer) of a model folder or name, ready for a reward model: one label, a pad token that is not EOS.
 
-    chat_template: a file, in place of the tokenizer's own.
-    Looks at no weights. Raises InputError for what minirm cannot train, or others could not load afterwards.
+    chat_template: a file that replaces the tokenizer's own.
+    Reads no weights. Raises InputError for a model that minirm cannot train or that others could not load afterwards.
     """
-    source = origin(name) | {"trust_remote_code": False}  # False: else it asks on the terminal
-    # Errors here are of many kinds: huggingface_hub's, each tokenizer's, whatever a wrong number in a config leads to.
+    source = origin(name) | {"trust_remote_code": False}  # False: never prompt on the terminal
+    # Many kinds of errors occur here: huggingface_hub's, each tokenizer's, and those of wrong numbers in a config.
     with refusing(f"--model {name}: no such model folder or name, or not one for transformers"):
         config = AutoConfig.from_pretrained(**source)
     if method := quantised(config):
         raise InputError(
             f"--model {name}: its weights are quantised ({method}), which cannot be trained; give the model it was made from"
         )
-    whole, config = config, config.get_text_config(decoder=True)  # of a model that sees or hears, the decoder alone
+    whole, config = config, config.get_text_config(decoder=True)  # a multimodal model's decoder
     causal = is_causal(config) or (whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     encoder = whole.is_encoder_decoder or config.is_encoder_decoder
     if encoder or not causal or type(config) not in auto.MODEL_MAPPING:
@@ -117,9 +117,9 @@ def load_config(name: str, chat_template: str | None = None):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
     set_chat_template(tokenizer, chat_template)
-    # The tokenizer's, since a config may name another EOS, which then could be the pad token.
+    # Use the tokenizer's ids: the config may name another EOS, which could be the pad token.
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # Many models have more embeddings than tokens, so that a new pad token needs no new one.
+    # Many models have more embeddings than tokens, so a new pad token needs no new embedding.
     config.vocab_size = max(config.vocab_size, tokenizer.pad_token_id + 1)
     # num_labels is derived from id2label; without problem_type the pipeline and vLLM apply a sigmoid.
     config.id2label, config.label2id, config.problem_type = {0: "LABEL_0"}, {"LABEL_0": 0}, "regression"
@@ -130,14 +130,14 @@ def load_config(name: str, chat_template: str | None = None):
 
 
 def quantised(config) -> str:
-    """How the weights of a model are quantised: "gptq", "awq", "bitsandbytes", ...; "" if they are not."""
+    """A model's quantisation method: "gptq", "awq", "bitsandbytes", ...; "" if its weights are not quantised."""
     about = getattr(config, "quantization_config", None) or {}
     about = about if isinstance(about, dict) else about.to_dict()
     return str(about.get("quant_method", "quantization_config")) if about else ""
 
 
 def is_causal(config) -> bool:
-    """Whether the family is one of decoders. Encoders may be run as decoders, but their weights were not made for that."""
+    """Whether this is a decoder family. Encoders can run as decoders, but their weights were not trained for that."""
     kind = type(config)
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
         return False
@@ -147,16 +147,16 @@ def is_causal(config) -> bool:
 
 
 def classifier(config) -> type[PreTrainedModel]:
-    """The class by which a reward model is saved and loaded: trunk and `score`, for sequences with one label.
+    """The class that saves and loads a reward model: trunk and `score`, for sequences with one label.
 
-    That of transformers. A decoder without one, or with one that has another head, gets the class of `loader`.
+    This is transformers' class. A decoder family whose class has another head, or that has none, gets `loader`'s.
     """
     if theirs := _class_of_transformers(config):
         return theirs
     space: dict = {}
-    exec(loader(config), space)  # noqa: S102 - the lines by which others load the model
+    exec(loader(config), space)  # noqa: S102 - the code with which others load the model
     cls = list(space.values())[-1]
-    cls.__module__ = cls.__bases__[1].__module__  # where transformers looks for how attention is implemented
+    cls.__module__ = cls.__bases__[1].__module__  # where transformers looks up the attention implementation
     return cls
 
 
@@ -172,7 +172,7 @@ def _class_of_transformers(config) -> type[PreTrainedModel] | None:
     return theirs if heads == {"score.weight"} else None
 
 
-LOADER = "modeling_reward.py"  # beside the weights of a family without a class in transformers
+LOADER = "modeling_reward.py"  # saved beside the weights if transformers has no class for the family
 SOURCE = '''"""A decoder with a linear head that rewards the last token; transformers has no such class for this family."""
 
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -202,19 +202,19 @@ class {name}(GenericForSequenceClassification, {base.__name__}):
 
 
 def loader(config) -> str:
-    """Source of LOADER: `classifier(config)` for programs that have transformers alone; "" where transformers has it."""
+    """Source of LOADER: `classifier(config)` for programs without minirm; "" if transformers has the class."""
     if _class_of_transformers(config):
         return ""
     kind, trunk = type(config), auto.MODEL_MAPPING[type(config)]
     lm = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, trunk)
     base = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
-    # vLLM finds the model by what stands before ForSequenceClassification.
+    # vLLM finds the model by the name before ForSequenceClassification.
     name = re.sub("(LMHeadModel|ForCausalLM|Model)$", "", lm.__name__) + "ForSequenceClassification"
     return SOURCE.format(kind=kind, base=base, name=name, prefix=trunk.base_model_prefix or "model")
 
 
 def check_fit(args, config, counts: dict) -> None:
-    """Raises InputError if ids or lengths of the data are beyond what the model has. counts: data.totals of all of it."""
+    """Raise InputError if ids or lengths in the data exceed the model's limits. counts: `totals` of all the data."""
     if (largest := counts["largest id"]) >= config.vocab_size:
         raise InputError(
             f"--model {args.model}: its tokenizer gives id {largest}, but it has {config.vocab_size} embeddings; the two do "
@@ -225,14 +225,14 @@ def check_fit(args, config, counts: dict) -> None:
 
 
 def empty_model(config) -> RewardModel:
-    """The model without weights or memory (on the meta device), in fp32, in evaluation mode: dropout is off for good.
+    """The model without weights or memory (on the meta device), in fp32 and evaluation mode, so dropout is always off.
 
-    Only the buffers that no checkpoint has (rotary frequencies and the like) are there, on the CPU.
+    Only the buffers that checkpoints lack, such as rotary frequencies, have values, on the CPU.
     """
     with torch.device("meta"):
         model = RewardModel(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32)).eval()
     for _, tensor in saved_tensors(model):
-        tensor._is_hf_initialized = True  # so that transformers computes the others alone, as in from_pretrained
+        tensor._is_hf_initialized = True  # so that transformers computes only the others, as in from_pretrained
     for name, buffer in list(model.trunk.named_non_persistent_buffers()):
         module, _, name = name.rpartition(".")
         model.trunk.get_submodule(module)._buffers[name] = torch.empty_like(buffer, device="cpu")
@@ -241,7 +241,7 @@ def empty_model(config) -> RewardModel:
 
 
 def saved_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of what a checkpoint has: parameters but adapters, those that are tied once, and persistent buffers."""
+    """(name, tensor) pairs of a checkpoint: persistent buffers and parameters, without adapters, tied ones once."""
     saved = model.state_dict().keys()
     found = [*model.named_parameters(), *model.named_buffers()]
     return [(n, t) for n, t in found if n in saved and not n.startswith("lora.")]

@@ -1,4 +1,4 @@
-"""Which groups are computed in which step, micro-step and on which rank: a pure function, the same on every rank."""
+"""Assign groups to steps, micro-steps and ranks: a pure function that returns the same plan on every rank."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, overload
@@ -6,26 +6,26 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-# Groups are sorted by length within windows of so many steps: enough for rows of like length side by side, few enough
-# for every epoch to be another order.
+# Groups are sorted by length within windows of this many steps: large enough to batch rows of similar length, small
+# enough to give every epoch a different order.
 WINDOW_STEPS = 16
 
 
 class Step(NamedTuple):
-    """One optimizer step: micro_steps[m][rank] is a list of group indices, empty where there is nothing left to do."""
+    """One optimizer step: micro_steps[m][rank] is a list of group indices, empty if the rank has none left."""
 
     micro_steps: list[list[list[int]]]
-    weight: float  # of all its groups, on all ranks and micro-steps together: what its loss is divided by
+    weight: float  # total weight of its groups over all ranks and micro-steps; the divisor of its loss
 
 
 class Plan(Sequence[Step]):
-    """The steps of an epoch. Each is worked out when it is asked for: millions of groups cost 12 bytes each."""
+    """The steps of an epoch, each computed on access, so that a group costs only 12 bytes of memory."""
 
     def __init__(
         self, lengths: Tensor, weights: Tensor, order: Tensor, step_order: Tensor | None, shape: tuple
     ) -> None:
         self.lengths, self.weights = lengths, weights  # [G] int32, [G] fp64
-        self.order = order  # [G] int32: groups as windows take them; longest first where step_order is None
+        self.order = order  # [G] int32: groups in window order; longest first if step_order is None
         self.step_order = step_order  # [steps] int64: shuffled
         self.world_size, self.per_micro_step, self.per_step, self.micro_batch_tokens = shape
 
@@ -48,7 +48,7 @@ class Plan(Sequence[Step]):
         return self.deal(groups[step * self.per_step :][: self.per_step].long())
 
     def deal(self, groups: Tensor) -> Step:
-        """A step of these groups, of which the longest is the first."""
+        """Make a step of these groups, sorted longest first."""
         step, lengths = groups.tolist(), self.lengths[groups].tolist()
         micro_steps, begin = [], 0
         while begin < len(step):
@@ -57,15 +57,15 @@ class Plan(Sequence[Step]):
                 size = max(1, self.micro_batch_tokens // max(1, lengths[begin])) * self.world_size
             micro_steps.append(step[begin : begin + size])
             begin += size
-        # Dealt out like cards: in a short micro-step no rank has two groups while another has none. There and back, so
-        # that no rank gets the longest of every micro-step and the others wait for it.
+        # Deal the groups round-robin: in a short micro-step no rank has two groups while another has none. Reverse the
+        # order in every other micro-step, or one rank would get the longest group each time while the others wait.
         dealt = [[micro[rank :: self.world_size] for rank in range(self.world_size)] for micro in micro_steps]
         dealt[1::2] = [of_rank[::-1] for of_rank in dealt[1::2]]
         return Step(dealt, sum(self.weights[groups].tolist()))
 
 
 def longest_first(lengths: Tensor) -> Tensor:
-    """The order by descending length; groups of equal length stay as they are."""
+    """Indices that sort by descending length; groups of equal length keep their order."""
     return lengths.sort(descending=True, stable=True).indices
 
 
@@ -81,16 +81,16 @@ def make_plan(
     shuffle: bool = True,
     micro_batch_tokens: int = 0,
 ) -> Plan:
-    """Every group exactly once, in steps of world_size x batch_size x accumulation groups, the last one maybe shorter.
+    """Plan every group once, in steps of world_size x batch_size x accumulation groups; the last one may be shorter.
 
     Args:
-        lengths: tokens of each group; groups of like length come together in a micro-step, on all ranks.
-        weights: of each group, as a sum over its comparisons: their number, if all weigh the same.
+        lengths: tokens of each group; groups of similar length share a micro-step, on all ranks.
+        weights: weight of each group, summed over its comparisons; their number if all weigh the same.
         world_size, batch_size, accumulation: ranks, groups per rank and micro-step, micro-steps per step.
-        micro_batch_tokens: a micro-step has as many groups on each rank as fit into so many tokens, padding to the longest
-            included, at least one; 0: batch_size of them. Which groups make up a step stays the same.
-        seed, epoch: choose the order. shuffle=False: longest first, so that too little memory shows at once.
-    Which groups make up a step depends on the product of the three alone, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
+        micro_batch_tokens: token budget of a micro-step on each rank, padding included; it holds as many groups as fit,
+            at least one. 0: batch_size groups. The groups of a step stay the same.
+        seed, epoch: determine the order. shuffle=False: longest first, so that a lack of memory shows at once.
+    The groups of a step depend only on the product of the three, so 1 x 4, 2 x 2 and 4 x 1 give equal steps.
     """
     assert len(lengths) == len(weights), f"{len(lengths)} lengths for {len(weights)} groups"
     lengths, weights = torch.as_tensor(lengths, dtype=torch.int32), torch.as_tensor(weights, dtype=torch.float64)
@@ -107,5 +107,5 @@ def make_plan(
 
 
 def steps_per_epoch(groups: int, world_size: int, batch_size: int, accumulation: int) -> int:
-    """How many steps `make_plan` makes of so many groups."""
+    """Number of steps in `make_plan`'s plan for this many groups."""
     return -(-groups // (world_size * batch_size * accumulation))

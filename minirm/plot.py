@@ -1,8 +1,8 @@
-"""Pictures of runs, drawn from their metrics.jsonl alone: `python -m minirm.plot RUN [RUN ...] [--output FILE.png]`.
+"""Plot runs from their metrics.jsonl alone: `python -m minirm.plot RUN [RUN ...] [--output FILE.png]`.
 
-One run: RUN/curves.png, as train.py leaves it at its end where matplotlib can be imported. Several: overlaid, in
-curves.png. What was not measured (rows of an older minirm, a run that was killed) is left out. For those who look on
-from elsewhere: TensorBoard and Weights & Biases.
+One run gives RUN/curves.png, which train.py also writes at its end if matplotlib can be imported. Several runs are
+overlaid in curves.png. Metrics that were not recorded (by an older minirm or a killed run) are left out. To watch a run
+remotely, use TensorBoard or Weights & Biases.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 from minirm.errors import InputError, Parser, printable, refusing
 from minirm.files import put
 
-# Okabe and Ito's colours, told apart by the colour-blind as well: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colours, which colour-blind people can tell apart: https://jfly.uni-koeln.de/color/
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = "os^Dvp"
 GREY = "0.45"
@@ -24,11 +24,11 @@ STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.color": 
          "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.8}  # fmt: skip
 
 
-POINTS = 100  # of a training curve; where there are more rows, as many in turn are taken together
+POINTS = 100  # maximum points of a training curve; more rows are averaged in equal runs
 
 
 def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. A line that is none, as a killed run may leave the last one, is passed over.
+    """The rows of a run's metrics.jsonl. Invalid lines are skipped; a killed run may leave one at the end.
 
     Raises InputError if `run` is not the folder of a run.
     """
@@ -45,14 +45,14 @@ def read_rows(run: Path) -> list[dict]:
 
 
 def best_evaluation(rows: list[dict]) -> dict:
-    """The evaluation row with the lowest loss, step 0 aside unless there is no other; {} without any."""
+    """The evaluation row with the lowest loss, ignoring step 0 unless it is the only one; {} if there is none."""
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
     trained = [row for row in evaluations if row["step"] > 0]
     return min(trained or evaluations, key=lambda row: row["eval_loss"], default={})
 
 
 def training_curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values, at most POINTS: means over the pairs of some rows in a row, as the rows are means over pairs."""
+    """Steps and values, at most POINTS. A point averages consecutive rows, weighted by their pairs."""
     rows = [row for row in rows if row.get(key) is not None and row.get("pairs")]
     size = math.ceil(len(rows) / POINTS) or 1
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -61,13 +61,13 @@ def training_curve(rows: list[dict], key: str) -> tuple[list[float], list[float]
 
 
 def column(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have a value."""
+    """Steps and values of the rows that have `key`."""
     rows = [row for row in rows if row.get(key) is not None]
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
 def save_curves(folders: list[Path], picture: Path) -> None:
-    """Draws the runs into `picture`. Raises InputError if matplotlib, a run, or a place to write is missing."""
+    """Draw the runs into `picture`. Raises InputError if matplotlib, a run or the picture's folder is missing."""
     names = [folder.resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
     runs = {name: read_rows(folder) for name, folder in zip(names, folders)}
@@ -78,7 +78,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
             f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
         ) from None
     with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
-        os.stat(picture.parent)  # makes no folders
+        os.stat(picture.parent)  # do not create folders
         content = io.BytesIO()
         figure.savefig(content, format=picture.suffix[1:] or "png", dpi=144, metadata={"Software": None})
         put(picture, content.getvalue())
@@ -86,7 +86,7 @@ def save_curves(folders: list[Path], picture: Path) -> None:
 
 
 def draw(runs: dict[str, list[dict]]):
-    """{name: rows of metrics.jsonl} -> a matplotlib Figure. Made without pyplot, it leaves the global backend alone."""
+    """{name: rows of metrics.jsonl} -> a matplotlib Figure, made without pyplot to leave the global backend alone."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -106,7 +106,7 @@ def draw(runs: dict[str, list[dict]]):
             panel.set(title=title, xlabel=x, ylabel=y)
         for n, (rows, best) in enumerate(zip(runs.values(), bests)):
             color = COLORS[n % len(COLORS)]
-            other = COLORS[1] if one else color  # of what stands beside: train, rejected
+            other = COLORS[1] if one else color  # for the second curve: train, rejected
             dots = {"color": color, "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
             for panel, key in ((loss, "loss"), (accuracy, "accuracy")):
                 panel.plot(*training_curve(rows, key), "--", color=other, linewidth=1, label="train")
@@ -141,7 +141,7 @@ def draw(runs: dict[str, list[dict]]):
                 scale.set_yscale("log", base=2)
         for panel in panels:
             handles, labels = panel.get_legend_handles_labels()
-            if handles:  # every label once; grey where the colour says which run it is
+            if handles:  # every label once; grey if colours distinguish runs
                 kept = dict(zip(labels[::-1], handles[::-1]))
                 legend = panel.legend([*kept.values()][::-1], [*kept][::-1])
                 for handle in [] if one else legend.legend_handles:
@@ -157,8 +157,8 @@ def draw(runs: dict[str, list[dict]]):
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m minirm.plot", description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of a run of train.py")
-    parser.add_argument("--output", type=Path, help="picture to write; default: curves.png, of one run in its folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of a train.py run")
+    parser.add_argument("--output", type=Path, help="image to write; default: curves.png, for one run in its folder")
     try:
         args = parser.parse_args(argv)
         save_curves(args.runs, args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png")

@@ -1,4 +1,4 @@
-"""A small random model of the same kind decides, before any weight is loaded, what an architecture computes exactly."""
+"""Try an architecture on a small random model, before loading any weights, to find out what it computes exactly."""
 
 import copy
 import math
@@ -15,50 +15,50 @@ from minirm.attention import attention_mask, use_sdpa
 from minirm.errors import one_line
 from minirm.rows import collate
 
-# The probe's texts in tokens, a row each: (prefix, completions). One text has 17, all others fewer than 15.
+# Lengths of the probe's texts in tokens, per row: (prefix, completions). One text has 17, all others fewer than 15.
 PROBE_ROWS = [(9, [2, 8, 5]), (4, [7, 3])]
-PROBE_WINDOW, PROBE_SWITCH = 5, 15  # shorter than the texts; between the longest text and the others
+PROBE_WINDOW, PROBE_SWITCH = 5, 15  # shorter than every text; between the longest text and the others
 PROBE_VOCABULARY = 64
-PROBE_TRIES = 8  # with other weights and ids each time: where attention chooses by content, one try may see nothing
+PROBE_TRIES = 8  # new weights and ids each time: if attention selects by content, one try may miss a difference
 TOLERANCE, WRONG = (
     1e-4,
     1e-2,
-)  # of the largest number: exact is 2e-6 (unscaled GPT-Neo 3e-5), a wrong mask 1e-2 and more
+)  # relative to the largest value: exact results differ by 2e-6 (unscaled GPT-Neo 3e-5), a wrong mask by >= 1e-2
 
 
 def probe_shared_rows(config, max_length=math.inf):
     """None if this architecture computes the same in shared rows as in separate ones, else the reason in one line.
 
-    config: as loaded, before `use_sdpa`; max_length: tokens of the longest text that will come. It counts where rotary
-    frequencies change with the longest text of a batch (dynamic, longrope): exact up to there, refused beyond.
+    config: as loaded, before `use_sdpa`; max_length: tokens of the longest text to expect. It matters if rotary
+    frequencies change with a batch's longest text (dynamic, longrope): exact up to that length, refused beyond it.
 
-    Decides by trying, in a second or two: hidden states and gradients of a small random model, in fp32 on the CPU, and in
-    fp64 where fp32 leaves it open.
+    Compares hidden states and gradients of a small random model, in fp32 on the CPU, and in fp64 if fp32 is
+    inconclusive. Takes a second or two.
     """
     try:
         with trying():
             model = small_model(config, max_length)
             differences = _largest_differences(model, PROBE_TRIES)
-            if TOLERANCE < max(differences) < WRONG:  # rounding alone can do that: Gemma 3n, 5e-4 of gradients
+            if TOLERANCE < max(differences) < WRONG:  # rounding alone can do that: Gemma 3n's gradients, 5e-4
                 differences = _largest_differences(model.double(), 2)
-    except Exception as error:  # noqa: BLE001, any failure at all is a reason to refuse
+    except Exception as error:  # noqa: BLE001, any failure is a reason to refuse
         return f"{config.model_type}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
     for what, difference in zip(("hidden states", "gradients"), differences):
-        if not difference <= TOLERANCE:  # this way round NaN is a no
+        if not difference <= TOLERANCE:  # written this way, NaN is refused
             return f"{config.model_type}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
     return None
 
 
 @contextmanager
 def trying() -> Iterator[None]:
-    """To run a small random model silently, with the same numbers every time, leaving no trace."""
+    """Run a small random model silently, with the same random numbers every time, and restore the global state."""
     verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
     try:
         logging.set_verbosity(logging.CRITICAL)
-        torch.set_num_threads(1)  # on a busy machine threads wait for each other: measured 25 s instead of 0.3
+        torch.set_num_threads(1)  # on a busy machine threads wait for each other: 25 s measured, not 0.3
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would reach the GPUs
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -66,10 +66,10 @@ def trying() -> Iterator[None]:
 
 
 def small_model(config, max_length=math.inf):
-    """A random fp32 trunk of the kind that `config` describes, patched by `use_sdpa` as the real one is."""
-    options = {"dtype": torch.float32, "trust_remote_code": False}  # False: else it asks on the terminal
+    """A small random fp32 trunk of the architecture in `config`, patched by `use_sdpa` like the real one."""
+    options = {"dtype": torch.float32, "trust_remote_code": False}  # False: never prompt on the terminal
     small = shrunk(config, max_length)
-    with torch.device("meta"):  # shapes without memory, the full size included
+    with torch.device("meta"):  # shapes without memory, also for the full size
         whole, sketch = (AutoModel.from_config(copy.deepcopy(c), **options) for c in (config, small))
     if missing := _kinds(whole) - _kinds(sketch):
         raise ValueError(f"cannot try, the small model lacks {min(map(str, missing))}")
@@ -82,13 +82,13 @@ def small_model(config, max_length=math.inf):
 
 
 def shake(model):
-    """Other random weights, in place: a fresh model is too tame, its biases 0 and its attention nearly even."""
+    """Randomize the weights in place: a fresh model is too tame, with zero biases and nearly uniform attention."""
     for p in model.parameters():
         p.data = torch.randn_like(p) * p.shape[-1] ** -0.5 if p.dim() > 1 else p.data + 0.1 * torch.randn_like(p)
 
 
 def small_batch(texts, row_layout):
-    """A batch of (prefix, [completion, ...]) in token ids, with nothing to compare."""
+    """A batch of (prefix, [completion, ...]) in token ids, without comparisons."""
     groups = [{"prefix": prefix, "completions": completions} for prefix, completions in texts]
     return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
 
@@ -101,9 +101,9 @@ def small_states(model, batch):
 
 
 def _kinds(model):
-    """What the modules are and how they are switched: {(class, attribute, value)}, value a string, a bool or None.
+    """Module classes and their switches: {(class, attribute, value)}, where value is a string, a bool or None.
 
-    Layers of different kinds differ here (is_sliding, attention_type, ...), so a kind lost by shrinking is noticed.
+    Layers of different kinds differ here (is_sliding, attention_type, ...), which reveals a kind lost by shrinking.
     """
     return {
         (type(module).__name__, key, value)
@@ -114,9 +114,9 @@ def _kinds(model):
 
 
 def shrunk(config, max_length=math.inf):
-    """A copy of the config with few layers, few heads and small tables; attention is of the same kind.
+    """A copy of the config with few layers, few heads and small tables, but the same kind of attention.
 
-    The size of a head stays: rotary dimensions, scaling factors and norms hang on it.
+    The head size stays: rotary dimensions, scaling factors and norms depend on it.
     """
     small, fields = copy.deepcopy(config), config.to_dict()
     layers = config.num_hidden_layers
@@ -126,7 +126,7 @@ def shrunk(config, max_length=math.inf):
     few = few_kv * min(heads // kv_heads, 2)
     width = few * (fields.get("head_dim") or config.hidden_size // heads)
 
-    # Keep the first layer of each combination of what is said of layers, and at least two.
+    # Keep the first layer of each combination of per-layer settings, and at least two layers.
     said = _said_of_layers(fields, layers)
     kinds = [str([values[i] for values in said.values()]) for i in range(layers)]
     kept = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, layers))))
@@ -139,14 +139,14 @@ def shrunk(config, max_length=math.inf):
         else:
             setattr(small, key, few_values)
 
-    # How far attention looks, how much of it sparse attention keeps, and inner widths.
+    # Limit the attention span, what sparse attention keeps, and inner widths.
     most = {"window|chunk|local_att|distance|extent": PROBE_WINDOW, "block|topk": 2}
     most |= {"intermediate|ffn|inner|d_ff": 64, "first_k_dense": 1}  # DeepSeek has layers without experts
     for key, value in small.to_dict().items():
         limits = [limit for names, limit in most.items() if re.search(names, key)]
         if limits and isinstance(value, list) and all(type(v) is int for v in value):
             setattr(small, key, [min(v, limits[0]) for v in value])
-        if type(value) is not int:  # a bool is none
+        if type(value) is not int:  # excludes bool
             continue
         if limits:
             setattr(small, key, min(value, limits[0]))
@@ -156,12 +156,12 @@ def shrunk(config, max_length=math.inf):
             setattr(small, key, 0)
         elif key in ("num_key_value_heads", "num_kv_heads"):
             setattr(small, key, few_kv)
-        elif value == config.hidden_size and "position" not in key:  # the width by other names, as OPT's
+        elif value == config.hidden_size and "position" not in key:  # the width under other names, as in OPT
             setattr(small, key, width)
     small.num_hidden_layers, small.num_attention_heads, small.hidden_size = len(kept), few, width
     small.vocab_size = PROBE_VOCABULARY
 
-    # Lengths at which rotary frequencies may change: in reach of the small texts if in reach of the real ones.
+    # Lengths at which rotary frequencies may change: the small texts reach them if the real ones do.
     rope = getattr(small, "rope_parameters", None)
     if rope is not None:
         for place in (vars(small), rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -172,14 +172,14 @@ def shrunk(config, max_length=math.inf):
 
 
 def _said_of_layers(fields: dict, layers: int) -> dict[str, list]:
-    """{field: [value of layer 0, 1, ...]} of a configuration: lists with an entry per layer, and lists of layers."""
+    """{field: [value of layer 0, 1, ...]} for the config's lists with one entry per layer and its lists of layers."""
     said = {}
     for key, value in fields.items():
         if _are_layers(key, value, layers):
             said[key] = [i in value for i in range(layers)]
         elif isinstance(value, (list, tuple)) and len(value) == layers:
             said[key] = list(value)
-    # The last layers may take keys and values from the last one of their type that has its own.
+    # The last layers may reuse the keys and values of the last layer of their type that has its own.
     if "num_kv_shared_layers" in fields:
         types, own = fields["layer_types"], layers - fields["num_kv_shared_layers"]
         lenders = {max(i for i in range(own) if types[i] == kind) for kind in types[:own]}
@@ -188,7 +188,7 @@ def _said_of_layers(fields: dict, layers: int) -> dict[str, list]:
 
 
 def _are_layers(key: str, value, layers: int) -> bool:
-    """Whether a field of a configuration lists the layers that are of some kind: `attn_layer_indices` [9, 18, 27]."""
+    """Whether a config field lists the layers of some kind, such as `attn_layer_indices` [9, 18, 27]."""
     if not re.search("layer|idx|indices", key) or not isinstance(value, (list, tuple)):
         return False
     return all(type(i) is int for i in value) and list(value) == sorted({*value} & {*range(layers)})

@@ -1,9 +1,9 @@
-"""From groups of token ids to one batch: rows for the model, where each completion's rewards lie, and the pairs.
+"""Collate groups of token ids into one batch: rows for the model, indices of each completion's rewards, and pairs.
 
-    shared     [prefix | completion 1 | ... | completion K], positions of every completion restarting after the prefix
-    separate   [prefix | completion k], one row for each
+    shared     [prefix | completion 1 | ... | completion K], every completion's positions continue from the prefix
+    separate   [prefix | completion k], one row per completion
 
-Rewards of completions are looked up by length, never by searching for a pad or EOS id.
+A completion's rewards are located by its length, never by searching for a pad or EOS id.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,43 +17,43 @@ from torch import Tensor
 from minirm.data.tokens import common_prefix
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
-PREFIX, PADDING = 0, -1  # in `segments`; the k-th completion of a row is k
+PREFIX, PADDING = 0, -1  # in `segments`; the k-th completion of a row has k
 
 
 @dataclass
 class Batch:
-    """R rows of L places, K completions, P pairs; T = tokens of the longest completion."""
+    """R rows of L positions, K completions, P pairs; T = tokens of the longest completion."""
 
     input_ids: Tensor  # [R, L] int64
-    position_ids: Tensor  # [R, L] int64: place in the text, not in the row
-    segments: Tensor  # [R, L] int32: PREFIX, number of the completion in its row, or PADDING
-    visible: Tensor  # [R, L] bool: may be attended to (padding may not, nor the pads of the published loss)
-    places: Tensor  # [K, T] int64: places of each completion's rewards in rewards.flatten(), the last one repeated
+    position_ids: Tensor  # [R, L] int64: position in the text, not in the row
+    segments: Tensor  # [R, L] int32: PREFIX, index of the completion in its row, or PADDING
+    visible: Tensor  # [R, L] bool: may be attended to; False for padding and for the pads of the published loss
+    places: Tensor  # [K, T] int64: indices of each completion's rewards in rewards.flatten(), the last one repeated
     chosen: Tensor  # [P] int64: index of a completion
     rejected: Tensor  # [P] int64
-    start: Tensor  # [P] int64: first place in the completions where the two differ
-    end: Tensor  # [P] int64: one behind the last place compared; both end rewards stand at end - 1
+    start: Tensor  # [P] int64: first index in the completions where the two differ
+    end: Tensor  # [P] int64: one past the last index compared; both end rewards are at end - 1
     margin: Tensor  # [P] fp32
-    group: list[int]  # [R] which of the groups a row belongs to, in order
+    group: list[int]  # [R] index of each row's group, ascending
     tokens: int  # real tokens computed, without padding
-    separate_tokens: int  # what they would be with every completion in a row of its own
+    separate_tokens: int  # the same if every completion had its own row
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`, sent without waiting."""
+        """Copy to `device` without blocking."""
         return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
     def pinned(self) -> "Batch":
-        """A copy in page-locked memory, from which a GPU fetches without making the CPU wait."""
+        """Copy to page-locked memory, from which `to` a GPU does not block."""
         return Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(self).values()))
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, L] rewards of all places -> chosen [P, T], rejected [P, T]; t counts from the end of the prefix, and a
-        completion that has ended keeps its end reward."""
+        """[R, L] rewards -> chosen [P, T], rejected [P, T]. t counts from the end of the prefix; after a completion
+        ends, its end reward is repeated."""
         per_completion = rewards.flatten()[self.places]
         return per_completion[self.chosen], per_completion[self.rejected]
 
     def end_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, L] rewards of all places -> chosen [P], rejected [P], of the whole answers."""
+        """[R, L] rewards -> chosen [P], rejected [P]: the rewards of the whole answers."""
         last = self.end - 1
         return tuple(rewards.flatten()[self.places[side, last]] for side in (self.chosen, self.rejected))
 
@@ -61,19 +61,19 @@ class Batch:
 def collate(
     groups: list[dict], *, row_layout: str, pad_id: int, row_limit: int, trlx_eos_id: int | None = None
 ) -> Batch:
-    """Groups (see data.py) to one batch. Those without comparisons need no more than prefix and completions.
+    """Collate groups (see prepare.py) into one batch. Groups without comparisons need only prefix and completions.
 
     Args:
         row_layout: "shared" or "separate".
-        pad_id: what stands in padding places; it is never looked at.
-        row_limit: longest shared row in tokens; a group that needs more gets several, each with the prefix.
-        trlx_eos_id: the EOS id for the published loss, else None. That loss takes EOS for padding: a text ends before
-            its EOS, and a shorter text goes on through pads (EOS ids), which nothing attends to but which do have
-            rewards, up to the end of the longer text.
+        pad_id: id at padding positions; nothing attends to it.
+        row_limit: longest shared row in tokens; a longer group is split over several rows, each with the prefix.
+        trlx_eos_id: the EOS id for the published loss, else None. That loss treats EOS as padding: a text ends before
+            its EOS, and a shorter text continues to the end of the longer one through pads (EOS ids), which nothing
+            attends to but which have rewards.
     """
     rows: list[list[list[int]]] = []  # [row][segment]: token ids; segment 0 is the prefix
     group_of: list[int] = []  # for each row
-    located: list[tuple[int, int, int, int]] = []  # for each completion: row, place in the row, length, with pads
+    located: list[tuple[int, int, int, int]] = []  # for each completion: row, offset in it, length, length with pads
     pairs = []  # (chosen, rejected, start, end, margin)
     for g, group in enumerate(groups):
         base, prefix, tails = len(located), group["prefix"], group["completions"]
@@ -84,7 +84,7 @@ def collate(
             if trlx_eos_id is not None:
                 end = max(end - 1, 1)
                 padded[c], padded[r] = max(padded[c], end), max(padded[r], end)
-            # Two equal answers, which only evaluation meets, are compared at their end: a tie.
+            # Equal answers occur only in evaluation; comparing them at their end gives a tie.
             start = min(common_prefix([tails[c], tails[r]]), end - 1)
             pairs.append((base + c, base + r, start, end, margin))
         for tail, real, whole in zip(tails, length, padded):
@@ -97,7 +97,7 @@ def collate(
     longest_text = max(len(row[0]) + max(map(len, row[1:])) for row in rows)
     shape = (len(rows), max(sum(map(len, row)) for row in rows))
     input_ids = torch.full(shape, pad_id)
-    # Through the padding positions count on, but not past those of the longest text: the model may have no more.
+    # Positions continue through the padding, but not past the longest text: the model may have no more of them.
     position_ids = torch.arange(shape[1]).clamp(max=longest_text - 1).repeat(shape[0], 1)
     segments = torch.full(shape, PADDING, dtype=torch.int32)
     visible = torch.zeros(shape, dtype=torch.bool)
@@ -125,9 +125,9 @@ def collate(
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
-    """(item, make(item)) of every item in order. A thread makes the next one while the caller works on this one.
+    """Yield (item, make(item)) in order. A thread makes the next one while the caller works on the current one.
 
-    What `make` raises is raised here, where its item would have come. Whoever stops early waits for one item at most.
+    An error in `make` is raised here, at its item's turn. A caller that stops early waits for one item at most.
     """
     with ThreadPoolExecutor(1, "ahead") as thread:
         before: tuple | None = None

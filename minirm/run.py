@@ -1,4 +1,4 @@
-"""Which run is this: its record, recipe, lock and length, what may differ when it goes on, and how it is stopped."""
+"""A run's identity: its record, recipe, lock and length, what may differ when it resumes, and how it stops."""
 
 import fcntl
 import hashlib
@@ -26,35 +26,35 @@ from minirm.shard import Processes, on_first_process
 
 RUN = "run.json"
 
-# Flags that say nothing about the trained model.
+# Flags that do not affect the trained model.
 UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
           "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
 
 
-# Flags that may differ when a run goes on: these, its length, and what changes memory or speed alone. Model and data are
-# compared by content, so that they may move; batch size and accumulation by their product with the processes.
+# Flags that may differ when a run resumes: these, its length, and what changes only memory or speed. Model and data are
+# compared by content, so their paths may change; batch size and accumulation by their product with the processes.
 FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "micro_batch_tokens", "compile", "model", "train_data", "eval_data",
                  "chat_template", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
 
 
-_held: list[int] = []  # the descriptor of the output folder, which is locked as long as it is open
+_held: list[int] = []  # descriptor of the output folder; holds its lock while open
 
 
 class Run(NamedTuple):
-    state: dict  # of the checkpoint, or START; its recipe is what a checkpoint has to agree with
-    checkpoint: Path | None  # to go on from
-    finished: int | None  # steps after which it was finished
-    epoch_steps: int = 0  # optimizer steps an epoch
+    state: dict  # the checkpoint's state, or START; checkpoints must agree with its recipe
+    checkpoint: Path | None  # the checkpoint to resume from
+    finished: int | None  # number of steps after which the run finished
+    epoch_steps: int = 0  # optimizer steps per epoch
     total_steps: int = 0  # optimizer steps of the whole run
 
 
 def restarted() -> bool:
-    """By torchrun --max_restarts: then the run goes on, whatever the flags began with."""
+    """Whether torchrun --max_restarts restarted this process. Then the run resumes, whatever the flags say."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def check_output(output: Path, choice: str) -> None:
-    """Raises InputError if the output folder cannot be this run's, before any data is read. Leaves nothing behind."""
+    """Raise InputError, before any data is read, if the run cannot use this output folder. Leaves nothing behind."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     with refusing(f"--output_dir {output}: {there} is not a folder that can be written", OSError, "; choose another"):
         tempfile.TemporaryFile(dir=there).close()
@@ -70,7 +70,7 @@ def check_output(output: Path, choice: str) -> None:
 
 
 def hold(output: Path) -> None:
-    """Makes the folder, and locks it until this process ends or holds another one."""
+    """Create the folder, and lock it until this process ends or holds another one."""
     with refusing(f"--output_dir {output}: cannot be made", OSError, "; choose another folder"):
         output.mkdir(parents=True, exist_ok=True)
     while _held:
@@ -85,16 +85,16 @@ def hold(output: Path) -> None:
 
 
 def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
-    """On the first process: takes hold of the output folder and finds out where the run begins or goes on.
+    """Lock the output folder and find out where the run starts or resumes. Call on rank 0.
 
-    Raises InputError if another process trains there, its run is another than this one, or what was asked for not whole.
+    Raises InputError if another process trains there, if it holds another run, or if the requested one is damaged.
     """
     output, choice = Path(args.output_dir), args.resume_from_checkpoint
     hold(output)
     record, state, folder, problem = {}, {}, None, ""
     try:
         record = dict(**json.loads((output / RUN).read_text())) if (output / RUN).exists() else {}
-    except (ValueError, TypeError):  # TypeError: JSON, but no object
+    except (ValueError, TypeError):  # TypeError: JSON, but not an object
         problem = f"{output / RUN} cannot be read"
     own = checkpoints(output)
     given = choice not in ("auto", "none") and not (restarted() and own)
@@ -123,7 +123,7 @@ def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
 
 
 def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: int) -> dict:
-    """What must be the same for a run to go on: flags, and fingerprints of all that they refer to."""
+    """What must stay the same for a run to resume: flags, and fingerprints of everything they refer to."""
     return {name: value for name, value in vars(args).items() if name not in FREE} | {
         "prompts a step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "weights of --model": model_fingerprint(args.model, config),
@@ -134,7 +134,7 @@ def make_recipe(args: Namespace, data: Prepared, config, tokenizer, processes: i
 
 
 def all_alike(recipe: dict, group) -> None:
-    """Raises InputError on all processes if one has another recipe than the first: on its machine are other files, say."""
+    """Raise InputError on every process if one's recipe differs from rank 0's, perhaps by the files on its machine."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, recipe, group=group)
     for rank, other in enumerate(everyone):
@@ -143,8 +143,8 @@ def all_alike(recipe: dict, group) -> None:
 
 
 def model_fingerprint(name: str, config) -> str:
-    """Changes when the weights do. Of a large file 256 pieces are read, not the whole: a start takes long enough."""
-    if not Path(name).exists():  # from the hub, where every commit has a name of its own
+    """A hash that changes when the weights do. It samples 256 pieces of a large file, to keep the start-up short."""
+    if not Path(name).exists():  # from the hub, where the commit hash identifies the weights
         return f"{name} {getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
     if lora := lora_of(name):
@@ -161,15 +161,15 @@ def model_fingerprint(name: str, config) -> str:
 
 
 def differences(then: dict, now: dict) -> list[str]:
-    """What differs, in words. The number of prompts a step is not looked at: see `accumulation`."""
+    """Describe what differs. Ignores the number of prompts per step, which `accumulation` checks."""
     changed = sorted(k for k in then.keys() & now.keys() - {"prompts a step"} if then[k] != now[k])
     return [f"{k}: the content has changed" if "--" in k else f"--{k} was {then[k]!r}, is {now[k]!r}" for k in changed]
 
 
 def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
-    """Micro-steps a step, so that a step has as many prompts as at the beginning on any number of processes.
+    """Micro-steps per step that keep the run's number of prompts per step on any number of processes.
 
-    Raises InputError, with both numbers, where that cannot be.
+    Raises InputError, with both numbers, if that is impossible.
     """
     whole, product = run.state["recipe"]["prompts a step"], processes * batch_size
     if whole == product * asked:
@@ -183,14 +183,14 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
 
 
 def begin(args: Namespace, data: Prepared, config, tokenizer, processes: Processes) -> Run:
-    """Begin a run, or go on with one, with as many prompts a step as before whatever the number of processes.
+    """Start or resume a run. A resumed run keeps its number of prompts per step on any number of processes.
 
-    Sets args.gradient_accumulation_steps to what that takes. After this nothing can be refused any more.
-    Raises InputError, and Stop if the run is finished, on all processes alike.
+    Sets args.gradient_accumulation_steps accordingly. This is the last check that can refuse the run.
+    Raises InputError, and Stop if the run is finished, on every process.
     """
     world_size, batch_size = processes.world_size, args.per_device_train_batch_size
     recipe = make_recipe(args, data, config, tokenizer, world_size)
-    all_alike(recipe, processes.patient)  # every machine has read data and model for itself
+    all_alike(recipe, processes.patient)  # every machine has read data and model on its own
     run = on_first_process(processes.patient, open_run, args, recipe, world_size)
     args.gradient_accumulation_steps = accumulation(run, world_size, batch_size, args.gradient_accumulation_steps)
     epoch_steps = steps_per_epoch(len(data.train), world_size, batch_size, args.gradient_accumulation_steps)
@@ -201,9 +201,9 @@ def begin(args: Namespace, data: Prepared, config, tokenizer, processes: Process
 
 
 def write_record(run: Run, args: Namespace, processes: int) -> None:
-    """Write run.json and cut metrics.jsonl back to where the run goes on. On the first process.
+    """Write run.json and truncate metrics.jsonl to the step at which the run resumes. Call on rank 0.
 
-    Raises Stop if the run is finished, and InputError if it cannot be brought to end after run.total_steps.
+    Raises Stop if the run is finished, and InputError if it cannot end after run.total_steps.
     """
     output, total_steps, done = Path(args.output_dir), run.total_steps, max(run.finished or 0, run.state["step"])
     if run.finished == total_steps:
@@ -218,29 +218,29 @@ def write_record(run: Run, args: Namespace, processes: int) -> None:
         put(output / RUN, json.dumps(record, indent=1).encode())
     for leftover in output.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    with open(output / METRICS, "a") as file:  # from here on rows come anew
+    with open(output / METRICS, "a") as file:  # later rows will be written again
         own = run.checkpoint and run.checkpoint.resolve().parent == output.resolve()
         file.truncate(min(file.tell(), run.state["metrics"] if own else 0))
 
 
 def finish(output: Path, step: int) -> None:
-    """On the first process, after all is written: the same command typed again has nothing to do."""
+    """Mark the run as finished, so that repeating the command does nothing. Call on rank 0 after all is written."""
     record = json.loads((output / RUN).read_text())
     put(output / RUN, json.dumps(record | {"finished": step}, indent=1).encode())
 
 
 # -- Stopping. --------------------------------------------------------------------------------------------------------
 def agreed(caught: list[int]) -> int:
-    """The signal that any process has noticed, the same on all; 0: none. Over gloo, so that no GPU has to wait."""
+    """The signal that any process has caught, the same on all; 0: none. Uses gloo, so that no GPU has to wait."""
     number = torch.tensor(max(caught, default=0))
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
 def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:
-    """What any process has noticed, the same on all: (signal or 0, (micro-step, process) of the first non-finite loss).
+    """Agree on what any process has seen: (signal or 0, (micro-step, process) of the first non-finite loss or None).
 
-    losses: [] of each micro-step. One all-reduce of two numbers a step.
+    losses: [] of each micro-step. Costs one all-reduce of two numbers per step.
     """
     world_size, none = dist.get_world_size(), 1 << 40
     finite = torch.isfinite(torch.stack(losses))
@@ -253,7 +253,7 @@ def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int]
 
 
 def not_finite(step: int, groups: list[int], data: Prepared, tokenizer, what: str, hint: str) -> Stop:
-    """What to raise when training has come to nothing, naming the comparisons that were being computed."""
+    """The Stop to raise when training has diverged. It names the comparisons that were being computed."""
     ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
     row = data.train[groups[0]]
     text = tokenizer.decode((row["prefix"] + row["completions"][0])[:24])

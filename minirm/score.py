@@ -1,8 +1,8 @@
-"""Scores with a trained reward model: `python -m minirm.score --model DIR --data FILE [FILE ...] [--output scores.jsonl]`.
+"""Score data with a reward model: `python -m minirm.score --model DIR --data FILE [FILE ...] [--output scores.jsonl]`.
 
-Comparisons are measured: accuracy, calibration, by file and subset. Rows {"prompt", "completions"} are scored and ranked.
-One JSON object on stdout, a table on stderr. Takes any sequence-classification model of transformers with one label; of
-those that are a decoder and a linear head, completions of a prompt are computed behind one copy of it.
+Comparisons give accuracy and calibration, by file and subset. Rows {"prompt", "completions"} are scored and ranked.
+Prints one JSON object to stdout and a table to stderr. Takes any transformers sequence-classification model with one
+label. A decoder with a linear head computes each prompt once for all its completions.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from minirm.rows import collate
 from minirm.shard import DTYPES
 from minirm.weights import loading
 
-WORTH_SHARING = 0.9  # of the tokens: a row of several completions needs a mask, which costs as much as it saves
+WORTH_SHARING = 0.9  # share of the tokens above which a shared row's mask costs as much as sharing saves
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,21 +51,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--model", required=True, help="name or folder of a reward model")
-    add("--data", required=True, nargs="+", help="files or datasets as for --train_data of train.py, or with completions to rank")
-    add("--output", type=Path, help="file for the scores, one JSON object for each row of the data, in its order")
+    add("--data", required=True, nargs="+", help="files or datasets as for --train_data, or with completions to rank")
+    add("--output", type=Path, help="file for the scores, one JSON object per data row, in the same order")
     add("--columns", nargs="+", default=[], type=column, metavar="NAME=COLUMN", help="as for train.py")
     add("--separator", type=unescaped,
-        help="between prompt and answer; default: what the model was trained with, else a line break")
-    add("--chat_template", help="Jinja file, for messages; default: the model's own")
-    add("--max_length", type=int, help="tokens; default: what the model was trained with, else its positions")
-    add("--batch_size", type=int, default=8192, help="tokens in a forward pass, padding included, or one row; default: 8192")
-    add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: as the weights are stored on CUDA, fp32 on CPU")
+        help="text between prompt and answer; default: as in training, else a line break")
+    add("--chat_template", help="Jinja file for chat data; default: the model's own")
+    add("--max_length", type=int, help="maximum tokens per text; default: as in training, else the model's positions")
+    add("--batch_size", type=int, default=8192, help="tokens per forward pass with padding, or one row; default: 8192")
+    add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: as stored on CUDA, fp32 on CPU")
     # fmt: on
     return parser.parse_args(argv)
 
 
 def load_config(name: str) -> tuple:
-    """(config, tokenizer). Raises InputError for what is not a reward model with one label."""
+    """(config, tokenizer). Raises InputError unless `name` is a reward model with one label."""
     with refusing(f"--model {name}: no model folder or name that can be loaded"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = (config.architectures or ["a model without a head"])[0]
@@ -77,7 +77,7 @@ def load_config(name: str) -> tuple:
 
 
 def load_model(name: str, config, dtype):
-    """In evaluation mode. Raises InputError if its weights cannot be loaded, or are not all there."""
+    """Load the model in evaluation mode. Raises InputError if weights are missing or cannot be loaded."""
     with loading(name):
         model, info = classifier(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
@@ -85,12 +85,12 @@ def load_model(name: str, config, dtype):
     return model.eval()
 
 
-# Rows of a forward pass are groups without comparisons (see data.py). Under "places" they have, of each completion, the
-# numbers that it has in the data: several where examples of a prompt have an answer in common.
+# Rows of a forward pass are groups without comparisons (see prepare.py). "places" holds each completion's indices in
+# the data: several if examples of a prompt have an answer in common.
 
 
 def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Iterator[dict]:
-    """Rows like those of training, of prompts, each a list of its examples."""
+    """Turn prompts, each a list of its examples, into rows like those of training."""
     rules = {"max_length": args.max_length, "overlong": "truncate", "keep": "all"}
     for group, examples in tokenise(prompts, tokenizer, [Counter() for _ in args.data], **rules):
         prefix, tails = group["prefix"], group["completions"]
@@ -99,7 +99,7 @@ def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Ite
             for k, i in index.items():
                 places[i].append(example["first"] + k)
         size, separate = 1, len(prefix) * len(tails) + sum(map(len, tails))
-        if share and group["shared_tokens"] < WORTH_SHARING * separate:  # as many as surely fit into two texts' length
+        if share and group["shared_tokens"] < WORTH_SHARING * separate:  # as many as fit into two texts' length
             size = (2 * args.max_length - len(prefix)) // max(map(len, tails))
         for i in range(0, len(tails), size):
             yield {"prefix": prefix, "completions": tails[i : i + size], "places": places[i : i + size]}
@@ -107,7 +107,7 @@ def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Ite
 
 @torch.no_grad()
 def decoder_rewards(rows: list[dict], model, tokenizer) -> Tensor:
-    """[K] of all completions, row by row."""
+    """Rewards [K] of all completions, row by row."""
     trunk, device = model.base_model, model.device
     batch = collate(rows, row_layout="shared", pad_id=tokenizer.pad_token_id or 0, row_limit=sys.maxsize)
     mask = attention_mask(batch.segments, batch.position_ids, batch.visible, trunk.config, trunk.dtype, device)
@@ -118,7 +118,7 @@ def decoder_rewards(rows: list[dict], model, tokenizer) -> Tensor:
 
 
 def other_rows(prompts: list[list[dict]], tokenizer, args) -> Iterator[dict]:
-    """A text a row, with the tokenizer's own special tokens."""
+    """Turn prompts into rows of one text each, with the tokenizer's own special tokens."""
     for e in chain.from_iterable(prompts):
         rules = {"add_special_tokens": not e["chat"], "truncation": True, "max_length": args.max_length}
         for k, ids in enumerate(tokenizer(e["texts"], **rules)["input_ids"]):
@@ -132,9 +132,9 @@ def other_rewards(rows: list[dict], model, tokenizer) -> Tensor:
 
 
 def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) -> Tensor:
-    """[count] fp64: the rewards of all completions; those of example i begin at texts.rows[i]["first"]."""
+    """Rewards [count] of all completions in fp64; those of example i begin at texts.rows[i]["first"]."""
     heads = [name for name in model.state_dict() if not name.startswith(model.base_model_prefix + ".")]
-    if heads == ["score.weight"]:  # no encoder of transformers has this: one linear layer on the last token
+    if heads == ["score.weight"]:  # a linear layer on the last token; no transformers encoder has only that
         if reason := probe_shared_rows(model.config, max_length=args.max_length):
             print(f"a row for each completion, since shared rows would not be exact: {reason}", file=sys.stderr)
         use_sdpa(model.base_model)
@@ -147,7 +147,7 @@ def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) 
     rewards = torch.full((count,), math.nan, dtype=torch.float64)
     with tqdm(total=count, desc="scoring", unit=" completions", file=sys.stderr) as bar:
         for prompts in by_prompt(texts, torch.ones(len(texts.rows), dtype=torch.bool)):
-            rows = sorted(to_rows(prompts, tokenizer, args), key=length, reverse=True)  # shows at once whether all fits
+            rows = sorted(to_rows(prompts, tokenizer, args), key=length, reverse=True)  # shows at once whether all fit
             while rows:
                 size = max(1, args.batch_size // length(rows[0]))
                 some, rows = rows[:size], rows[size:]
@@ -159,8 +159,8 @@ def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) 
 
 
 def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -> dict:
-    """Figures of all comparisons, by the names that metrics.jsonl has behind eval_; {} without any."""
-    example = torch.arange(len(first)).repeat_interleave(texts.pairs)  # [P] of each pair
+    """Metrics over all comparisons, named as in metrics.jsonl without eval_; {} if there are no comparisons."""
+    example = torch.arange(len(first)).repeat_interleave(texts.pairs)  # [P] each pair's example
     if not len(example):
         return {}
     chosen, rejected = (
@@ -179,7 +179,7 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
 
 
 def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str], by_subset: dict) -> dict:
-    """What the data's benchmark is scored by, and for every row with three answers and more whether its best one wins."""
+    """The data's benchmark score, and the share of rows with three or more answers in which a right one ranks first."""
     found: dict[str, list[dict]] = {"reward_bench_2": [], "rm_bench": []}
     wins = []
     columns = texts.rows.select_columns(["id", "subset", "source", "chosen", "rejected"])
@@ -209,7 +209,7 @@ def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str],
 
 
 def table(result: dict) -> str:
-    """For people."""
+    """Format the result for people."""
     done = "{completions:,} completions of {prompts:,} prompts in {seconds:.1f} s"
     lines = [(done + "; rewards {reward_mean:.4f} +- {reward_std:.4f}").format_map(result)]
     if "accuracy" in result:
@@ -235,9 +235,9 @@ def table(result: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """All of it; returns what goes to stdout."""
+    """Score the data and return what goes to stdout."""
     for source in args.data:
-        fingerprint(source)  # refuses what is not there, before the model is loaded
+        fingerprint(source)  # rejects missing data before the model is loaded
     if args.output and (args.output.is_dir() or not ((p := args.output.parent).is_dir() and os.access(p, os.W_OK))):
         raise InputError(f"--output {args.output}: not a file that can be written; name one in a folder that is there")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,31 +25,31 @@ from minirm.freeze import find_blocks
 from minirm.model import saved_tensors
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-STEP_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another inside a step gives up
-START_TIMEOUT = timedelta(hours=24)  # the same while one prepares data, reads weights, writes files
+STEP_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another within a step
+START_TIMEOUT = timedelta(hours=24)  # how long while one process prepares data, reads weights or writes files
 
-# Frozen parameters need no gradient and no optimizer, so every rank can keep them whole as long as they take less than
-# this share of its device: nothing is sent for them then, ever.
+# Frozen parameters need no gradients and no optimizer state. If they take less than this share of the device memory,
+# every rank keeps them unsharded and they are never communicated again.
 FROZEN_SHARE = 0.4
-# Trained ones that take less than this, in the compute precision, are gathered once a step, not twice a micro-step.
+# Trained parameters below this share, in the compute precision, are gathered once per step, not twice per micro-step.
 TRAINED_SHARE = 0.1
 
 
 class Processes(NamedTuple):
-    """This process among all."""
+    """This process and its place among all processes."""
 
     device: torch.device
     mesh: DeviceMesh  # [shard] or [replicate, shard]
     rank: int
     world_size: int
-    patient: dist.ProcessGroup  # with a long time-out, for waiting while one process works
+    patient: dist.ProcessGroup  # has a long timeout, for waiting while one process works
 
 
 def start_processes(shard_size: int = 0) -> Processes:
     """Join the processes that torchrun started, or make a group of one.
 
-    The mesh is [shard], or [replicate, shard] where a copy of the model is spread over `shard_size` < all processes, which
-    follow each other (0: those of a machine), and there are several copies. Raises InputError if it does not divide them.
+    The mesh is [shard], or [replicate, shard] if `shard_size` consecutive processes (0: those of a machine), fewer than
+    all, share one copy of the model. Raises InputError if shard_size does not divide the number of processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -61,14 +61,14 @@ def start_processes(shard_size: int = 0) -> Processes:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        # Gloo takes the address that belongs to this machine's name, on many machines 127.0.1.1, which no other reaches.
+        # Gloo uses the address of this machine's hostname, often 127.0.1.1, which other machines cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-        # Under --max_restarts torchrun keeps its store, and in it the addresses of the processes that are gone
-        # (pytorch/pytorch#135712). The count is the same for all processes only where there is one machine; for several
-        # there is TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        # Under --max_restarts torchrun keeps its store, which still holds the addresses of the dead processes
+        # (pytorch/pytorch#135712). Only on a single machine do all processes see the same count; on several, use
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(STEP_TIMEOUT)
@@ -80,7 +80,7 @@ def start_processes(shard_size: int = 0) -> Processes:
 
 
 def interface_towards(host: str) -> str:
-    """The name of the network interface by which this machine reaches another, or "" (Linux, IPv4)."""
+    """The name of the network interface through which this machine reaches `host`, or "" (Linux, IPv4)."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         for _, name in socket.if_nameindex():
@@ -92,12 +92,12 @@ def interface_towards(host: str) -> str:
 
 
 def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any:
-    """function(*args) on the first of all processes; all return its result, or raise what it raised: all end alike."""
+    """Call function(*args) on rank 0. Every rank returns its result or raises its exception, so all end together."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function(*args)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for it
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not hang
             box[1] = error
     dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
@@ -107,7 +107,7 @@ def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any
 
 @contextmanager
 def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
-    """The first process of each machine runs the block, then the others do, who find its files there.
+    """Run the block on the first process of each machine, then on the others, which find its files there.
 
     If the block raises InputError or Stop on a first process, all processes end with its line and exit code.
     """
@@ -130,40 +130,40 @@ def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
         ending = stop.args
         raise
     finally:
-        if first and (ending or sys.exception() is None):  # an interrupt must not wait for others
+        if first and (ending or sys.exception() is None):  # an interrupt must not wait for the others
             exchange()
 
 
 def checkpoint_trained_blocks(model: nn.Module) -> None:
-    """Trained blocks keep their input alone and compute the rest once more in backward: less memory, more time."""
+    """Make trained blocks keep only their input and recompute the rest in backward: less memory, more time."""
     for block in find_blocks(model)[1]:
         if hasattr(block, "has_adapters") or any(p.requires_grad for p in block.parameters()):
-            # The forward, not the call, so that FSDP's hooks stay outside and run once.
+            # Wrap forward, not __call__, so that FSDP's hooks stay outside and run once.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps frozen parameters in the compute precision; trained ones stay fp32 masters."""
+    """Cast frozen parameters to the compute precision; trained ones stay fp32 masters."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False, frozen_share=FROZEN_SHARE) -> bool:
-    """FSDP over the blocks of a RewardModel, the head and the rest. Returns whether frozen parameters stay on the device.
+    """Apply FSDP to a RewardModel's blocks, head and the rest. Returns whether frozen parameters stay on the device.
 
-    Trained parameters travel in `dtype`, the compute precision, their gradients are summed in fp32. No FSDP unit mixes frozen
-    and trained parameters, since those differ in precision. offload: shards, gradients and optimizer in host memory.
+    Trained parameters are gathered in `dtype`, the compute precision; gradients are reduced in fp32. No FSDP unit mixes
+    frozen and trained parameters, which differ in precision. offload: shards, gradients and optimizer in host memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # the others stay as they are stored
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # other units keep their dtype
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
-    else:  # which the processes of this machine divide between them
+    else:  # the processes of this machine divide its memory
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    least = torch.tensor(memory, dtype=torch.float64)  # of all: if one kept what another gathers, both would wait
+    least = torch.tensor(memory, dtype=torch.float64)  # agree: if one kept what another gathers, both would hang
     dist.all_reduce(least, dist.ReduceOp.MIN)
-    # A process that has a copy of its own has nothing to gather, so it need not throw gathered parameters away either.
+    # A process with its own full copy gathers nothing, so it need not free gathered parameters either.
     alone = mesh.shape[-1] == 1
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad == trained) for trained in (False, True)]
     stay, once = what_stays(*(n * dtype.itemsize for n in counts), least.item(), alone, offload, frozen_share)
@@ -173,18 +173,18 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     layers = find_blocks(model)[1]
     blocks = [block for block in layers if not ignored.issuperset(block.parameters())]
-    # Embeddings, and what else is frozen outside the blocks, are units of their own.
+    # Embeddings, and other frozen modules outside the blocks, are separate units.
     inside = {*layers.parameters()} | ignored
     outside = [m for m in model.modules() if [*m.parameters(recurse=False)] and inside.isdisjoint(m.parameters())]
     others = [m for m in outside if isinstance(m, nn.Embedding) or frozen & {*m.parameters(recurse=False)}]
     for unit in blocks + others:
         if not frozen.issuperset(unit.parameters()):
             fully_shard(unit, mp_policy=policy, **options)
-        else:  # gathered once and kept, where there is room: these never change
+        else:  # never change, so gather them once and keep them if there is room
             fully_shard(unit, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
     for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])  # backward does so by itself
+        block.set_modules_to_forward_prefetch([following])  # FSDP already prefetches in backward
     fully_shard(model, **options)  # the rest, in fp32: the final norm, the head, adapters
     trained = [m for m in (*blocks, *others, model) if any(p.requires_grad for p in m.parameters())]
     if mesh.device_type == "cpu":
@@ -195,7 +195,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
 
 
 class HostReduceScatter:
-    """Gradients averaged over processes without GPUs. Gloo's own averages all of them everywhere, to keep a share of that."""
+    """Reduce-scatter that averages gradients on CPUs. Gloo's own averages all of them everywhere and keeps a share."""
 
     allocate = staticmethod(torch.empty)
 
@@ -207,16 +207,16 @@ class HostReduceScatter:
 
 
 def what_stays(frozen: int, trained: int, memory: float, alone: bool, offload: bool, share=FROZEN_SHARE) -> tuple:
-    """Whether frozen parameters stay gathered for good, and trained ones for a step: bools.
+    """Whether frozen parameters stay gathered permanently, and trained ones for a whole step: bools.
 
-    frozen, trained: bytes of all of them in the compute precision; memory: bytes of a device; alone: no shards.
+    frozen, trained: total bytes in the compute precision; memory: bytes of a device; alone: nothing is sharded.
     """
     stay = (alone and not offload) or frozen <= share * memory
     return stay, not offload and (alone or trained <= TRAINED_SHARE * memory)
 
 
 def begin_micro_step(model: nn.Module, last: bool) -> None:
-    """Only after the last one gradients are exchanged, and trained parameters that are gathered once a step let go."""
+    """Reduce gradients, and free the trained parameters gathered once per step, only after the last micro-step."""
     model.set_requires_gradient_sync(last)
     for unit in model.gathered_once:
         unit.set_reshard_after_backward(last, recurse=False)
@@ -226,10 +226,10 @@ def begin_micro_step(model: nn.Module, last: bool) -> None:
 def fill(
     model: nn.Module, device: torch.device, offload: bool, group, read: Callable | None, load: Callable
 ) -> Callable[..., Tensor]:
-    """Gives an empty, sharded model its weights, so that no process but perhaps the first ever holds more than its share.
+    """Load weights into an empty, sharded model. No process except perhaps rank 0 ever holds more than its share.
 
-    read(name, start, stop): rows of a tensor, or None where this process cannot read so. If any cannot, the first one
-    calls load() -> {name: tensor} on its host and sends one after the other. Returns a `read` that the first one can use.
+    read(name, start, stop): rows of a tensor, or None if this process cannot read that way. If any process cannot,
+    rank 0 calls load() -> {name: tensor} in host memory and broadcasts each tensor. Returns a `read` for rank 0.
     """
     able = torch.tensor(read is not None, dtype=torch.int32)
     dist.all_reduce(able, dist.ReduceOp.MIN, group=group)
@@ -254,16 +254,16 @@ def fill(
             dist.broadcast(whole, src=0)
         stop = start + len(mine) if mine.dim() else None
         mine.copy_(read(name, start, stop) if able else whole[start:stop] if mine.dim() else whole)
-    dist.barrier(group)  # the first to finish waits, as long as it takes
+    dist.barrier(group)  # on the group with the long timeout
     return read if able else lambda name: source[name]
 
 
 def gather(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All parameters and persistent buffers, whole, on the CPU of rank 0; none elsewhere. Every rank has to call it."""
+    """All parameters and persistent buffers, unsharded, on rank 0's CPU; {} on other ranks. Every rank must call it."""
     state = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            rounded = whole.is_floating_point() and not name.startswith("lora.")  # those are merged in fp32
+            rounded = whole.is_floating_point() and not name.startswith("lora.")  # adapters are merged in fp32
             state[name] = whole.to("cpu", dtype if rounded else None).contiguous()
     return state

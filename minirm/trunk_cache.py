@@ -1,19 +1,19 @@
-"""The outputs of the frozen layers, computed once and kept on disk, so that later epochs skip those layers.
+"""Cache the outputs of the frozen layers on disk, so that they are computed once and later epochs skip those layers.
 
-    FOLDER/<key>/about.json                 what the key was made of: whatever else changes the states
+    FOLDER/<key>/about.json                 what the key is a hash of: everything else that changes the states
     FOLDER/<key>/<ab>/<name>.safetensors    a prompt with its completions: states [tokens, H] in the compute precision
 
-Only hidden states are kept. Masks, positions and rotary embeddings the trunk makes anew, by its own forward pass, in
-which frozen blocks hand on what they get and the last of them gives out what was kept. So the cache knows nothing of
-a block's arguments, and a frozen block that FSDP has sharded is still gathered: all ranks walk in step even if one
-finds its rows in the cache and another does not.
+Only hidden states are cached. The trunk's own forward pass still makes masks, positions and rotary embeddings; in it,
+frozen blocks pass their input on and the last one returns the cached states. So the cache need not know a block's
+arguments, and FSDP still gathers a sharded frozen block: all ranks stay in step even if one has a cache hit and
+another a miss.
 
-A file gets its name when it is complete, is named by its content's origin and never changed, so any number of
-processes and runs may share a folder and be killed at any time. Its checksum tells what a power failure left of it.
+A file is named after what its content depends on, appears only when complete, and never changes. So any number of
+processes and runs may share a folder and be killed at any time. A checksum detects damage by a power failure.
 
-What is read back is equal to the bit to what would be computed in rows of the same shape. That is the case with one
-prompt a micro-step. With more, rows are padded to the longest neighbour, which changes from epoch to epoch, and with
-the shape the rounding of a matrix product: then cached and uncached runs agree to rounding.
+Cached states are bitwise equal to those computed in rows of the same shape. With one prompt per micro-step the shape
+is always the same. With more, rows are padded to the longest neighbour, which changes from epoch to epoch, and the
+rounding of a matrix product depends on the shape: cached and uncached runs then agree up to rounding.
 """
 
 import hashlib
@@ -45,18 +45,18 @@ from minirm.rows import Batch
 
 
 class TrunkCache:
-    """`with cache.over(batch): model(...)` skips the frozen blocks if it knows all the batch, else keeps their output."""
+    """`with cache.over(batch): model(...)` skips the frozen blocks if all of the batch is cached, else caches it."""
 
     def __init__(self, blocks: list[nn.Module], extras: int | None, dtype: torch.dtype, folder: Path | None = None):
-        """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None: nothing is written.
+        """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None writes nothing.
 
-        Replaces the blocks' `forward`, in place; FSDP's hooks stay outside of it. A single process's blocks, which FSDP
-        leaves alone, wait on the CPU for the first batch that is not known: a run that only reads needs no device memory.
+        Replaces the blocks' `forward` in place, inside FSDP's hooks. Blocks that FSDP does not shard (one process) stay
+        on the CPU until the first cache miss, so a run that only reads needs no device memory for them.
         """
         self.folder, self.dtype, self.extras, self.writing = folder, dtype, extras, folder is not None
         self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
-        self.kept: Tensor | None = None  # [tokens, H], what the last block gives out in place of its own output
-        self.computed: Tensor | None = None  # [R, L, H], its own
+        self.kept: Tensor | None = None  # [tokens, H], cached states that the last block returns
+        self.computed: Tensor | None = None  # [R, L, H], the last block's own output
         self.real: Tensor | None = None  # [R, L] bool: not padding
         for block in self.waiting:
             block.to("cpu")
@@ -73,14 +73,14 @@ class TrunkCache:
                 self.computed, *more = output if isinstance(output, tuple) else (output,)
                 self.extras = len(more) if isinstance(output, tuple) else None
             return output
-        if last:  # in padding stays what came from the embeddings: finite, and nothing looks at it
+        if last:  # padding keeps the embeddings' output, which is finite and which nothing attends to
             hidden = hidden.clone()
             hidden[self.real] = self.kept.to(hidden)
         return hidden if self.extras is None else (hidden, *[None] * self.extras)
 
     @contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
-        """Around a forward pass over `batch`, which is to be still on the CPU."""
+        """Wrap a forward pass over `batch`, which must still be on the CPU."""
         self.real, names = batch.segments >= 0, group_names(batch)
         found = [self._read(name) for name in names]
         missing = [name for name, states in zip(names, found) if states is None]
@@ -97,7 +97,7 @@ class TrunkCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _read(self, name: str) -> Tensor | None:
-        """[tokens, H], or None if it is not there, or not whole."""
+        """[tokens, H], or None if the file is missing or damaged."""
         try:
             with safe_open(self._path(name), "pt") as file:
                 states = file.get_tensor("states")
@@ -119,7 +119,7 @@ def _checksum(states: Tensor) -> str:
 
 
 def group_names(batch: Batch) -> list[str]:
-    """A name for each group of a batch on the CPU: all that makes two groups' states differ under one key."""
+    """Name each group of a CPU batch by a hash of everything that makes two groups' states differ under one key."""
     names = []
     for g in range(batch.group[-1] + 1):
         mine = torch.tensor(batch.group) == g
@@ -131,22 +131,22 @@ def group_names(batch: Batch) -> list[str]:
     return names
 
 
-# -- At start: can it be done, where, and is there room? --------------------------------------------------------------
+# -- At start: is caching possible, where, and is there room? ---------------------------------------------------------
 
 
 def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
-    """How many more values than the hidden states a block of this architecture returns; None: a bare tensor.
+    """How many values besides the hidden states a block of this architecture returns; None: a bare tensor.
 
-    Raises InputError with the reason where caching is not possible. Decides by trying, on a small random model: hidden
-    states kept from one batch, another batch in between, then the first again with frozen blocks skipped.
+    Raises InputError with the reason if caching is not possible. Tries it on a small random model: caches one batch's
+    hidden states, runs another batch, then runs the first again with frozen blocks skipped.
     """
     if not frozen.layers:
         raise InputError(
             f"--cache_trunk: none of {frozen.total_layers} layers is frozen; leave the flag away, or raise --freeze_ratio"
         )
-    # Of two rows, the second one padded.
+    # Each batch has two rows; the second one is padded.
     batches = [probe.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
-    # Any failure at all is a reason to refuse.
+    # Any failure is a reason to refuse.
     with refusing(f"--cache_trunk: not for {config.model_type}", advice="; leave the flag away"), probe.trying():
         model = probe.small_model(config, args.max_length)
         ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
@@ -170,9 +170,9 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
 def open_folder(
     args, config, tokenizer, read: Callable[[str], Tensor], frozen: Frozen, report: dict, layout: str, device: str
 ) -> Path:
-    """On the first process: the folder of these states. Prints what it will take and what is free.
+    """Return the folder of these states, and print how much space they need and how much is free. Call on rank 0.
 
-    read: name -> the weights, whole, on the CPU. Raises InputError if the folder cannot be written or the disk is too small.
+    read: name -> the full weights, on the CPU. Raises InputError if the folder is not writable or the disk too small.
     """
 
     def fingerprint(name: str) -> str:
@@ -180,11 +180,11 @@ def open_folder(
         digest = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         return f"{name} {values.dtype} {tuple(values.shape)} {digest}"
 
-    with ThreadPoolExecutor() as pool:  # hashlib and torch let go of the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashlib and torch release the GIL
         weights = list(pool.map(fingerprint, sorted(frozen.parameters)))
     code = b"".join(Path(module.__file__).read_bytes() for module in (attention, rows, sys.modules[__name__]))
     about = {
-        "weights": weights,  # the frozen ones alone: a retrained model finds the same cache
+        "weights": weights,  # only the frozen ones, so that a retrained model finds the same cache
         "config": {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")},
         "frozen layers": len(frozen.layers),
         "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest(),
@@ -192,7 +192,7 @@ def open_folder(
         "row_layout": layout,
         "precision": args.precision,
         "one prompt a micro-step": args.per_device_train_batch_size == 1
-        and not args.micro_batch_tokens,  # for the rounding, see the top of this file
+        and not args.micro_batch_tokens,  # affects rounding, see the top of this file
         "device": device,
         "versions": [torch.__version__, transformers.__version__],
         "code": hashlib.sha256(code).hexdigest(),

@@ -1,4 +1,4 @@
-"""Reading a model's weights, and writing the trained model for others."""
+"""Read a model's weights, and export the trained model."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from minirm.model import LOADER, RewardModel, classifier, init_head, loader, lor
 SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
 OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
-MORE_THAN_TENSORS = (  # in place of torch's advice, which is to load it all the same
+MORE_THAN_TENSORS = (  # replaces torch's advice to load the file anyway
     "its .bin weights are not only tensors (a pickle that may run any code, or an unfinished download), so they are not "
     "loaded; give .safetensors. Convert a .bin only if you trust where it is from: "
     """python -c "import torch; from safetensors.torch import save_file; """
@@ -37,14 +37,14 @@ MORE_THAN_TENSORS = (  # in place of torch's advice, which is to load it all the
 def stored_weights(
     name: str, config, model: RewardModel, seed: int, published: bool = False
 ) -> Callable[..., Tensor] | None:
-    """read(name in RewardModel, start=0, stop=None) -> these rows of a tensor, and nothing else, from safetensors files.
+    """Return read(name in RewardModel, start=0, stop=None) -> rows of a tensor; it reads only them from safetensors.
 
-    None where stored and wanted tensors do not agree one to one, by name and shape, a grown vocabulary aside: .bin files,
-    what transformers converts while it loads, and whatever is wrong. All that is for `load_weights`.
-    seed, published: of the head, see `init_head`, where `name` is no reward model.
+    Returns None unless stored and wanted tensors match one to one by name and shape, except for a grown vocabulary.
+    `load_weights` handles the rest: .bin files, tensors that transformers converts while loading, and errors.
+    seed, published: of a new head (see `init_head`), used if `name` is not a reward model.
     """
     trunk = model.trunk
-    try:  # what is wrong here load_weights will say
+    try:  # load_weights will report any error
         stored = AutoConfig.from_pretrained(name)
         tensors = stored_tensors(name)
     except Exception:  # noqa: BLE001
@@ -67,10 +67,10 @@ def stored_weights(
         key = key.removeprefix("trunk.")
         if key not in shapes:
             return init_head(width(stored), seed, published)[start:stop]
-        with safe_open(places[key][0], "pt") as file:  # anew each time: what was read of an open file counts as memory
+        with safe_open(places[key][0], "pt") as file:  # reopen: what was read from an open file counts as memory
             rows = file.get_slice(places[key][1])
             rows = rows[start:stop] if shapes[key] else rows[...]
-        if key == grown:  # by the pad token, which is never looked at
+        if key == grown:  # by the pad token, which nothing attends to
             missing = (len(wanted[key]) if stop is None else stop) - start - len(rows)
             rows = nn.functional.pad(rows, (0, 0, 0, missing))
         return rows
@@ -79,7 +79,7 @@ def stored_weights(
 
 
 def stored_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
-    """{name of a tensor: (safetensors file, shape)} of a checkpoint; nothing else is read. Raises whatever goes wrong."""
+    """{tensor name: (safetensors file, shape)} of a checkpoint; reads no tensor. Raises any error unchanged."""
     found = {}
     files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
     for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
@@ -90,7 +90,7 @@ def stored_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
 
 
 def decoder_tensors(name: str, config, prefix: str) -> dict[str, Tensor]:
-    """The decoder's tensors and `score.weight` out of a checkpoint that holds more; the trunk's names begin with `prefix`."""
+    """The decoder's tensors and `score.weight` from a multimodal checkpoint; the trunk's names get `prefix`."""
     with torch.device("meta"):
         trunk = AutoModel.from_config(config)
     stored, found = stored_tensors(name), {}
@@ -106,7 +106,7 @@ def decoder_tensors(name: str, config, prefix: str) -> dict[str, Tensor]:
 
 
 def trunk_prefix(stored: Iterable[str], trunk) -> str:
-    """What stands before the names of the trunk's tensors in a checkpoint: "model.", "model.language_model.", "", ..."""
+    """The prefix of the trunk's tensor names in a checkpoint: "model.", "model.language_model.", "", ..."""
     names = trunk.state_dict().keys()
     anchor = next(name for name, p in trunk.named_parameters() if p is trunk.get_input_embeddings().weight)
     found = {key.removesuffix(anchor) for key in stored if key == anchor or key.endswith("." + anchor)}
@@ -114,7 +114,7 @@ def trunk_prefix(stored: Iterable[str], trunk) -> str:
 
 
 def brings_head(name: str) -> bool:
-    """Whether the model already is a reward model, whose head is kept."""
+    """Whether the model is already a reward model, so that its head is kept."""
     return lora_of(name).get("task_type") == "SEQ_CLS" or _is_reward_model(AutoConfig.from_pretrained(**origin(name)))
 
 
@@ -123,9 +123,9 @@ def _is_reward_model(config) -> bool:
 
 
 def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
-    """Which names of stored tensors belong to the trunk, not to some head, and are of no use in it.
+    """Names of stored tensors that belong to the trunk, not to a head, but have no place in it.
 
-    prefix: of the trunk's names in a checkpoint that holds more than a language model.
+    prefix: the prefix of the trunk's names in a checkpoint that holds more than a language model.
     """
     known = "|".join([OLD_BUFFERS, *(trunk._keys_to_ignore_on_load_unexpected or [])])
     tops = {trunk.base_model_prefix, *(name for name, _ in trunk.named_children())}
@@ -134,8 +134,8 @@ def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
 
 
 def stored_dtype(name: str) -> str:
-    """How most of the weights are stored, "BF16" as safetensors call it; "" where that is not said."""
-    with suppress(Exception):  # no safetensors: then the configuration says it
+    """The dtype of most weights as safetensors names it, such as "BF16"; "" if unknown."""
+    with suppress(Exception):  # no safetensors: use the configuration below
         name = origin(name)["pretrained_model_name_or_path"]
         files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
         path = files[0] or get_checkpoint_shard_files(name, files[1])[0][0]
@@ -151,7 +151,7 @@ def stored_dtype(name: str) -> str:
 
 
 def choose_precision(name: str, device: str, computes_bf16: bool) -> tuple[str, str]:
-    """What --precision auto is: (fp16, bf16 or fp32, why). Models made in bf16 overflow in fp16, among them Gemma and Qwen."""
+    """Resolve --precision auto: (fp16, bf16 or fp32, why). Models made in bf16, as Gemma and Qwen, overflow in fp16."""
     if device != "cuda":
         return "fp32", "on a CPU"
     if stored_dtype(name) != "BF16":
@@ -163,24 +163,24 @@ def choose_precision(name: str, device: str, computes_bf16: bool) -> tuple[str, 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn what transformers and torch raise while they read weights into an InputError."""
+    """Turn any error that transformers or torch raises while reading weights into an InputError."""
     try:
         yield
     except Exception as error:
         if "weights_only" in str(error):
             raise InputError(f"--model {name}: {MORE_THAN_TENSORS}") from None
-        with refusing(f"--model {name}: its weights cannot be loaded"):  # none, half a file, not the config's shapes
+        with refusing(f"--model {name}: its weights cannot be loaded"):  # missing, truncated, wrong shapes
             raise
 
 
 def load_weights(name: str, config, seed: int, published: bool = False) -> dict[str, Tensor]:
-    """All weights by the names of RewardModel, on the CPU, as they are stored: from_pretrained, of what it can read at all.
+    """Load all weights with from_pretrained: {name in RewardModel: tensor}, on the CPU, in the stored precision.
 
-    The head is a new one (seed, published: see `init_head`), or, where `name` already is a reward model, that one's.
-    Raises InputError if weights cannot be loaded, are missing from the checkpoint, or are in it and have no place.
+    The head is new (seed, published: see `init_head`) unless `name` is already a reward model, whose head is kept.
+    Raises InputError if weights cannot be loaded, are missing from the checkpoint, or have no place in the model.
     """
     source, lora = origin(name), lora_of(name)
-    stored = AutoConfig.from_pretrained(**source)  # not ours, whose vocabulary may hold one more token
+    stored = AutoConfig.from_pretrained(**source)  # not `config`, whose vocabulary may have one more token
     text = stored.get_text_config(decoder=True)
     trunk_cls, rewards = auto.MODEL_MAPPING[type(text)], _is_reward_model(stored)
     if lora.get("task_type") == "SEQ_CLS":
@@ -195,7 +195,7 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
         cls = trunk_cls
     prefix = "" if cls is trunk_cls else cls.base_model_prefix + "."
     with loading(name):
-        if text is not stored:  # of a model that also sees or hears, the tensors of its decoder alone
+        if text is not stored:  # a multimodal model: take only its decoder's tensors
             tensors = decoder_tensors(source["pretrained_model_name_or_path"], text, prefix)
             source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         model, info = cls.from_pretrained(**source, config=text, dtype="auto", output_loading_info=True)
@@ -204,20 +204,20 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
 
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
     trunk = model.base_model
-    wanted = prefix if lora or not hasattr(model, "score") else ""  # of a language model the trunk alone
+    wanted = prefix if lora or not hasattr(model, "score") else ""  # a language model: only the trunk
     missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
             raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
     known = trunk.get_input_embeddings().num_embeddings
-    if config.vocab_size > text.vocab_size and known != text.vocab_size:  # CPM-Ant's prompts stand behind its tokens
+    if config.vocab_size > text.vocab_size and known != text.vocab_size:  # CPM-Ant's prompts follow its tokens
         raise InputError(
             f"--model {name}: it has {known} embeddings for {text.vocab_size} tokens, so none can be added for a pad "
             "token; give its tokenizer a pad_token other than EOS"
         )
     if config.vocab_size > known:
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-        trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never looked at
+        trunk.get_input_embeddings().weight.data[known:] = 0.0  # nothing attends to the pad token
     head = model.score.weight.detach() if rewards else init_head(width(trunk.config), seed, published)
     return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
@@ -225,16 +225,16 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
 def export(
     state: dict[str, Tensor], config, tokenizer, folder: Path, notes: dict | None = None, max_shard_size: str = "5GB"
 ) -> None:
-    """Writes what `AutoModelForSequenceClassification.from_pretrained(folder)` loads, tokenizer included.
+    """Write a model and tokenizer that `AutoModelForSequenceClassification.from_pretrained(folder)` loads.
 
-    Where transformers has no such class for the family, that takes trust_remote_code=True: LOADER is the code.
+    If transformers has no such class for the family, loading needs trust_remote_code=True; the code is LOADER.
 
-    state: whole tensors by the names of RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
-    config.json; max_shard_size: of one file of weights; if they need several, there is an index beside them.
+    state: full tensors by their names in RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
+    config.json; max_shard_size: largest size of a weights file; several files get an index.
     """
     cls, config = classifier(config), copy.deepcopy(config)
     config.update(notes or {})
-    vars(config).pop("auto_map", None)  # of code beside the weights that training began with
+    vars(config).pop("auto_map", None)  # refers to code beside the original weights
     if source := loader(config):
         config.auto_map = {"AutoModelForSequenceClassification": f"{LOADER.removesuffix('.py')}.{cls.__name__}"}
     with torch.device("meta"):
@@ -248,9 +248,9 @@ def export(
         (folder / LOADER).write_text(source)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    # Sides that were set on a tokenizer are not saved by transformers 5. Whoever cuts a text keeps the EOS that is scored.
+    # transformers 5 does not save the sides set on a tokenizer. Truncating on the left keeps the EOS that is scored.
     sides = {"padding_side": "right", "truncation_side": "left"}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | sides, indent=2, ensure_ascii=False) + "\n")
     os.umask(umask := os.umask(0))
-    for path in folder.glob("*.safetensors"):  # written readable for the owner alone, whatever the umask says
+    for path in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only, ignoring the umask
         path.chmod(0o666 & ~umask)

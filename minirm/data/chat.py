@@ -1,4 +1,4 @@
-"""Chat templates and texts: how messages, or a prompt and an answer, become one text."""
+"""Chat templates and texts: turn messages, or a prompt and an answer, into one text."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from minirm.errors import InputError, one_line, refusing
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 def set_chat_template(tokenizer, path: str | None = None) -> None:
-    """Gives a tokenizer the template in a file, and makes its template end where the reward is read.
+    """Load a chat template from a file, and make the tokenizer's template end where the reward is read.
 
-    Many templates put a line break behind the token that ends a turn, some put no such token. Here a conversation ends
-    with it, or with EOS, so that what `apply_chat_template` gives is what is scored, in any program that loads the
-    exported tokenizer. Prompts for generation stay as they are.
+    Many templates add a line break after the token that ends a turn; some add no such token. Here a conversation ends
+    with that token, or with EOS, so that any program that loads the exported tokenizer scores exactly what
+    `apply_chat_template` returns. Prompts for generation stay unchanged.
     """
     flag = f"--chat_template {path}"
     if path:
@@ -24,16 +24,16 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         text, template = tokenizer.apply_chat_template(turns, tokenize=False), tokenizer.get_chat_template()
-    except Exception as error:  # noqa: BLE001 - whatever Jinja code can raise
+    except Exception as error:  # noqa: BLE001 - Jinja code can raise anything
         if not path:
-            return  # an error where messages come up
+            return  # reported once messages occur
         raise InputError(f"{flag}: cannot render a question and an answer ({one_line(error)})") from None
     ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
     ends = bool(ids) and ids[-1] in special_ids(tokenizer)
     if ends and text == text.rstrip():
         return
-    # The plus signs keep the whitespace that Jinja, as transformers sets it up, would take away beside a block. It does
-    # so with the last line break of a template.
+    # The plus signs keep the whitespace next to a block, which transformers' Jinja settings would strip. Those settings
+    # also strip a template's last line break.
     tokenizer.chat_template = (
         "{% set minirm_text +%}" + template.removesuffix("\n") + "{%+ endset %}{{ minirm_text if add_generation_prompt "
         "else " + ("minirm_text.rstrip()" if ends else "minirm_text + eos_token") + " }}"
@@ -46,7 +46,7 @@ def special_ids(tokenizer) -> set[int]:
 
 
 def render(tokenizer, messages: Messages, where: str) -> str:
-    """Messages by the chat template. Raises InputError if there is none, or if it refuses them."""
+    """Render messages with the chat template. Raises InputError if there is none, or if it rejects them."""
     if not messages:
         return ""
     if not tokenizer.chat_template:
@@ -54,17 +54,17 @@ def render(tokenizer, messages: Messages, where: str) -> str:
             f"{where}: messages, but the tokenizer has no chat template; give one with --chat_template FILE, or use a "
             "model that has been trained to chat"
         )
-    with refusing(f"{where}: the chat template refuses these messages"):  # whatever Jinja code can raise
+    with refusing(f"{where}: the chat template refuses these messages"):  # Jinja code can raise anything
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def unescaped(text: str) -> str:
-    r"""A separator as it is typed on a command line, with \n and \t."""
+    r"""Replace \n and \t in a separator typed on the command line."""
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def join(prompt: str, answer: str, separator: str) -> str:
-    """Prompt and answer as one text, the separator between them unless whitespace already stands there."""
+    """Join prompt and answer into one text, with the separator between them unless there is whitespace already."""
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
         return prompt + answer
     return prompt + separator + answer

@@ -1,14 +1,14 @@
-"""The embedded demo: real English comparisons and a tiny GPT-J, made on the spot without network or GPU.
+"""The built-in demo: real English comparisons and a tiny GPT-J, made locally without network or GPU.
 
-The English is the docstrings of Python's own standard library, read with `ast`; nothing is imported. The prompt is the
-signature of a function or class and the beginning of what its docstring goes on to say, the chosen answer is the first
-sentence of the docstring. Rejected answers have as many words, so that length gives nothing away:
+The English comes from the docstrings of Python's standard library, read with `ast`; nothing is imported. The prompt is
+the signature of a function or class and the beginning of its docstring after the first sentence; the chosen answer is
+the first sentence. Rejected answers have the same number of words, so that length reveals nothing:
 
     shuffled   the same words in another order, except for the first and last: no capital or full stop inside
-    other      the first sentence of another docstring; few, since what belongs together is nearly beyond such a model
+    other      the first sentence of another docstring; few, because matching content is nearly beyond such a model
 
-The model is warmed up as a language model on the training prompts and their chosen answers, because most of its layers
-are frozen afterwards and have to hold something worth reading.
+The model is pre-trained as a language model on the training prompts and their chosen answers, because most of its
+layers are frozen afterwards and must have learned something useful.
 """
 
 import ast
@@ -31,26 +31,26 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from minirm.files import whole_folder
 
-# Flags of train.py that suit a model this small; with `--model demo` they replace the recipe's defaults.
+# train.py flags for a model this small; with `--model demo` they replace the recipe's defaults.
 DEMO_DEFAULTS = {
     "learning_rate": 1e-3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 20,
     "num_train_epochs": 2, "eval_steps": 250, "logging_steps": 20, "max_length": 256,
 }  # fmt: skip
 
 
-SHUFFLES = 2  # per prompt: more of them teach more than more epochs
-OTHER = 0.08  # share of the prompts that have the answer of another one, too
+SHUFFLES = 2  # per prompt: more shuffles teach more than more epochs
+OTHER = 0.08  # share of the prompts that also get another prompt's answer
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, so that the end of a text is never mistaken for padding
-LAYERS = 7  # the fewest of which the recipe's 30 % trains two, int(0.3 * 7)
-WARM_UP_STEPS = 800  # of the language model, each on 4 x 128 tokens; not seconds, so that a seed makes one model
+LAYERS = 7  # the smallest number of which the recipe's 30 % trains two layers, int(0.3 * 7)
+WARM_UP_STEPS = 800  # language-model steps of 4 x 128 tokens; not a time limit, so that a seed determines the model
 EVAL_PROMPTS = 300
-MIN_PROMPTS = 1000  # below this there is too little English for the model to learn from
-# No part of the library, or tests, whose docstrings are not about what the code does.
+MIN_PROMPTS = 1000  # fewer give the model too little English to learn from
+# Folders outside the library, and tests, whose docstrings do not describe code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 class DemoPaths(NamedTuple):
-    """Where the demo lies: a folder for `from_pretrained`, and two files of {prompt, chosen, rejected, subset}."""
+    """Paths of the demo: a folder for `from_pretrained`, and two files of {prompt, chosen, rejected, subset}."""
 
     model: Path
     train: Path
@@ -58,10 +58,10 @@ class DemoPaths(NamedTuple):
 
 
 def build_demo(seed: int = 0) -> DemoPaths:
-    """Makes the demo's model, tokenizer and comparisons if they are not there already; says where they are.
+    """Make the demo's model, tokenizer and comparisons unless they exist, and return their paths.
 
-    They lie in demo-<digest>, of all that determines the content, in $MINIRM_CACHE, or else in ~/.cache/minirm.
-    seed: of the split, the rejected answers, and the model. Raises ValueError as `make_comparisons` does.
+    They are in demo-<digest of everything that determines the content> in $MINIRM_CACHE, or else in ~/.cache/minirm.
+    seed: seeds the split, the rejected answers and the model. Raises ValueError as `make_comparisons` does.
     """
     versions = [platform.python_version(), *(m.__version__.split(".")[0] for m in (torch, transformers))]
     digest = hashlib.sha256(repr([versions, seed, WARM_UP_STEPS]).encode() + Path(__file__).read_bytes()).hexdigest()
@@ -81,7 +81,7 @@ def build_demo(seed: int = 0) -> DemoPaths:
 
 
 def use_demo(args) -> None:
-    """Puts the demo's paths in the place of `demo` in train.py's flags."""
+    """Replace `demo` in train.py's flags by the demo's paths."""
     if args.model == "demo" or args.train_data == ["demo"]:
         demo = build_demo(args.seed)
         if args.train_data == ["demo"]:
@@ -91,7 +91,7 @@ def use_demo(args) -> None:
 
 
 def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[dict], list[dict], list[str]]:
-    """The comparisons, made from the docstrings below the folder `library` (default: this Python's standard library).
+    """Make comparisons from the docstrings below the folder `library` (default: this Python's standard library).
 
     Returns: train rows, held-out rows, training texts (prompt, newline, chosen answer). The two sides share no prompt
     and no chosen answer, and their rejected answers are made of their own sentences alone.
@@ -112,11 +112,11 @@ def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[d
 
 
 def read_docstrings(library: Path) -> dict[str, str]:
-    """{first sentence of a docstring: prompt} of the functions and classes in library/**/*.py, no prompt twice.
+    """{first sentence of a docstring: prompt} of the functions and classes in library/**/*.py, with unique prompts.
 
-    Only sentences of 5 to 25 words that begin with a capital and end with a full stop are taken.
+    Takes only sentences of 5 to 25 words that begin with a capital and end with a full stop.
     """
-    prompts = {}  # by prompt first, then by sentence: both become unique
+    prompts = {}  # keyed by prompt first, then by sentence, so that both are unique
     for path in sorted(library.rglob("*.py")):
         place = path.relative_to(library).parts
         if SKIPPED_FOLDERS & set(place):
@@ -129,19 +129,19 @@ def read_docstrings(library: Path) -> dict[str, str]:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 continue
             docstring = " ".join((ast.get_docstring(node) or "").split())
-            # The first full stop that a capital follows ends the sentence: "e.g. this" does not.
+            # The first full stop before a capital ends the sentence; the one in "e.g. this" does not.
             sentence, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])", docstring, maxsplit=1)
             inside = node.bases if isinstance(node, ast.ClassDef) else [node.args]
             signature = f"{place[0].removesuffix('.py')}.{node.name}({', '.join(map(ast.unparse, inside))})"
             prompt = "\n".join([signature, *(" ".join(text.split()[:12]) for text in rest)])
             plain = re.fullmatch(r"[A-Z].*\.", sentence) and 5 <= len(sentence.split()) <= 25
-            if plain and len(sentence) < 200 and len(prompt) < 200:  # characters: it keeps out tables and long names
+            if plain and len(sentence) < 200 and len(prompt) < 200:  # characters; excludes tables and long names
                 prompts.setdefault(prompt, sentence)
     return {sentence: prompt for prompt, sentence in prompts.items()}
 
 
 def add_rejected(entries: list[tuple[str, str]], rng: random.Random) -> list[dict]:
-    """Rows of prompt, chosen, rejected and subset: the kind of the rejected answer, see the top of this file."""
+    """Rows of prompt, chosen, rejected and subset (the kind of rejected answer, see the top of this file)."""
     by_words = defaultdict(list)
     for sentence, _ in entries:
         by_words[len(sentence.split())].append(sentence)
@@ -152,13 +152,13 @@ def add_rejected(entries: list[tuple[str, str]], rng: random.Random) -> list[dic
         subset_of = {" ".join([first, *order, last]): "shuffled" for order in orders}
         if rng.random() < OTHER:
             subset_of[rng.choice(by_words[len(inner) + 2])] = "other"
-        subset_of.pop(sentence, None)  # the right one by chance
+        subset_of.pop(sentence, None)  # by chance the chosen one
         rows += [{"prompt": prompt, "chosen": sentence, "rejected": r, "subset": s} for r, s in subset_of.items()]
     return rows
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 2,048 tokens, EOS and pad included. It adds no token of its own to a text."""
+    """A byte-level BPE of at most 2,048 tokens including EOS and pad. It adds no special tokens to a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -171,7 +171,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def warm_up(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTJForCausalLM:
-    """A small GPT-J after WARM_UP_STEPS of language modelling. torch's global random numbers are left as they were."""
+    """A small GPT-J after WARM_UP_STEPS of language modelling. torch's global random state is left unchanged."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     sizes = {"vocab_size": len(tokenizer), "n_positions": 512, "n_embd": 128, "n_layer": LAYERS, "n_head": 4}
     config = GPTJConfig(**sizes, rotary_dim=16, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
@@ -184,7 +184,7 @@ def warm_up(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=WARM_UP_STEPS + 1, pct_start=0.1)
     bar = tqdm(range(WARM_UP_STEPS), desc="demo: teaching a tiny GPT-J English, once", unit="step")
     for _ in bar:
-        # Small batches: with so few tokens to see, more steps teach more than smoother ones.
+        # Small batches: with so few tokens, more steps teach more than smoother steps.
         starts = torch.randint(len(stream) - 128, (4,), generator=generator).tolist()
         ids = torch.stack([stream[start : start + 128] for start in starts])
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -1,14 +1,14 @@
-"""From files of comparisons to groups of token ids: filtering, rendering, tokenising, grouping by prompt.
+"""Turn files of comparisons into groups of token ids: filter, render, tokenise, group by prompt.
 
-An *example* is a prompt, its completions and comparisons between them (schemas.py); most are one comparison of two. A
-*group* is all examples of one prompt:
+An *example* is a prompt, its completions and comparisons between them (schemas.py); most have one comparison of two
+completions. A *group* holds all examples of one prompt:
 
     prefix       the token ids that all its completions begin with
-    completions  the rest of each completion, its EOS included; equal ones are kept once
-    chosen, rejected, margin, subset, source   one entry a comparison; the first two are indices into completions
+    completions  the rest of each completion including its EOS; equal ones are kept once
+    chosen, rejected, margin, subset, source   one entry per comparison; the first two are indices into completions
 
-Prompt and answer are tokenised together, as one text, so that the ids are those which any other program gets for it.
-Examples and groups lie on disk and are memory-mapped: what is held in memory is 24 bytes an example.
+Prompt and answer are tokenised together, as one text, so that any other program gets the same ids. Examples and groups
+are on disk and memory-mapped; an example takes 24 bytes of memory.
 """
 
 import gc
@@ -39,19 +39,19 @@ from minirm.data.workers import on_all_cores
 from minirm.errors import InputError, one_line, printable
 from minirm.files import whole_folder
 
-MIN_WORDS = 5  # shorter answers are left out, as in the published recipe
-CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, little enough for memory
+MIN_WORDS = 5  # shorter answers are dropped, as in the published recipe
+CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, few enough for memory
 INT, FLOAT, TEXT = Value("int32"), Value("float32"), Value("string")
 TEXTS = datasets.Features(
-    prompt=TEXT,  # of messages: as JSON
-    texts=List(TEXT),  # prompt and completion in one, for every completion
-    chat=Value("bool"),  # rendered by the chat template, special tokens and all
-    chosen=List(INT),  # one entry a comparison: index into texts
+    prompt=TEXT,  # messages: as JSON
+    texts=List(TEXT),  # prompt and completion joined, one per completion
+    chat=Value("bool"),  # rendered by the chat template, including special tokens
+    chosen=List(INT),  # one entry per comparison: index into texts
     rejected=List(INT),
     margin=List(FLOAT),  # 0: none
     subset=TEXT,
-    id=TEXT,  # of the row, where a benchmark needs it
-    source=INT,  # number of the file
+    id=TEXT,  # row id, if a benchmark needs it
+    source=INT,  # index of the file
     where=TEXT,  # "file:line"
 )
 
@@ -65,18 +65,18 @@ FEATURES = datasets.Features(
     subset=List(TEXT),
     source=List(INT),
     pairs=INT,
-    prompt_pairs=INT,  # of the prompt; more than `pairs` where its over-long ones form another group
-    shared_tokens=INT,  # prefix computed once
+    prompt_pairs=INT,  # pairs of the whole prompt; more than `pairs` if its over-long ones form another group
+    shared_tokens=INT,  # tokens with the prefix counted once
 )
 
 
 class Prepared(NamedTuple):
-    """Tokenised groups, on disk and memory-mapped, and what happened on the way there."""
+    """Tokenised groups, on disk and memory-mapped, and statistics of the preparation."""
 
     train: datasets.Dataset
     eval: datasets.Dataset
-    report: dict[str, list[dict]]  # of each part, counts for every source of it: see report.py
-    sources: dict[str, list[str]]  # of each part, the fingerprints of its files
+    report: dict[str, list[dict]]  # for each part, counts per source: see report/lines.py
+    sources: dict[str, list[str]]  # for each part, the fingerprints of its files
 
 
 def read_texts(
@@ -88,13 +88,13 @@ def read_texts(
     number: int = 0,
     columns: dict[str, str] | None = None,
 ) -> Iterator[dict]:
-    """The examples of a source as TEXTS. Raises InputError for a bad row.
+    """Yield the examples of a source as TEXTS. Raises InputError for a bad row.
 
     Args:
-        report: gets the schema, its columns, the comparisons read, and why others were dropped.
-        keep: "worth" leaves out comparisons not worth training on; "labelled" ties alone: a file to measure on is taken
-            whole, its accuracy is then that of any other program on it; "all" also keeps examples without a comparison.
-        number: of the source.
+        report: gets the schema, its columns, the comparisons read, and the numbers dropped by reason.
+        keep: "worth" drops comparisons not worth training on; "labelled" drops only ties, so that the accuracy on an
+            evaluation file is that of any other program; "all" also keeps examples without a comparison.
+        number: index of the source.
         columns: see `schemas.rename`.
     """
     counts: Counter = Counter()
@@ -140,7 +140,7 @@ def read_texts(
 def read_examples(
     source: str, report: dict, columns: dict[str, str] | None = None
 ) -> Iterator[tuple[str, schemas.Example]]:
-    """(where, Example) of a source. Rows that hold one answer and its score are ranked by prompt when all are read."""
+    """Yield (where, Example) for a source. Rows of one answer and its score are ranked by prompt once all are read."""
     schema, scored = None, {}
     for where, row in read_rows(source):
         try:
@@ -166,21 +166,21 @@ def read_examples(
 
 
 def said(message: dict) -> str:
-    """All that is said in a message: its content, and its calls of tools."""
+    """All text of a message: its content and its tool calls."""
     return message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it, once
+# Preparing all data, once
 class Texts(NamedTuple):
-    rows: datasets.Dataset  # N of TEXTS
+    rows: datasets.Dataset  # N rows of TEXTS
     keys: Tensor  # [N] int64: equal for examples of the same prompt
-    sources: Tensor  # [N] int64: number of the file
-    pairs: Tensor  # [N] int64: how many comparisons
-    report: list[dict]  # of each source
+    sources: Tensor  # [N] int64: index of the file
+    pairs: Tensor  # [N] int64: number of comparisons
+    report: list[dict]  # one per source
 
     def note(self, what: str, chosen: Tensor) -> None:
-        """[N] bool, which examples: how many comparisons they hold goes into the report of each source."""
+        """Report for each source, as `what`, the number of comparisons in the chosen ([N] bool) examples."""
         counts = self.sources[chosen].bincount(self.pairs[chosen], minlength=len(self.report)).long().tolist()
         for row, n in zip(self.report, counts):
             row[what] = n
@@ -189,7 +189,7 @@ class Texts(NamedTuple):
 def store(
     path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict[str, str] | None = None
 ) -> Texts:
-    """All examples of some sources, in a file."""
+    """Write all examples of some sources to a file."""
     numbers, report = array("q"), [{"source": source, "read": 0, "not read": left_out(source)} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
@@ -204,19 +204,19 @@ def store(
 
 
 def prompt_key(example: dict) -> int:
-    """What makes two examples of the same prompt. Without a prompt each set of answers stands for itself."""
+    """A key that is equal for examples of the same prompt. Without a prompt, each set of answers has its own key."""
     alone = example["prompt"] in ("", "[]")
     text = "\0".join(["", *sorted(example["texts"])]) if alone else f"{example['chat']} {example['prompt']}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """CHUNK prompts at a time, each a list of its chosen ([N] bool) examples; in the order in which prompts first occur."""
+    """CHUNK prompts at a time, each a list of its chosen ([N] bool) examples, in order of their first occurrence."""
     return (read_prompts(texts, *chunk) for chunk in chunks(texts, chosen))
 
 
 def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """CHUNK prompts at a time: how many chosen examples each has, and their rows one after the other."""
+    """CHUNK prompts at a time: the number of chosen examples of each, and their rows, concatenated."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
@@ -227,14 +227,14 @@ def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def read_prompts(texts: Texts, sizes: Tensor, rows: Tensor) -> list[list[dict]]:
-    """The examples of some prompts: one of `chunks`."""
+    """The examples of some prompts, given by one item of `chunks`."""
     columns = texts.rows[rows.tolist()]
     examples = (dict(zip(columns, values)) for values in zip(*columns.values()))
     return [list(islice(examples, n)) for n in sizes.tolist()]
 
 
 def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
-    """[N] keys of prompts -> [N] bool: `fraction` of the distinct ones, at least one. The same on every rank."""
+    """[N] prompt keys -> [N] bool: selects `fraction` of the distinct keys, at least one. The same on every rank."""
     distinct = keys.unique()
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
     return torch.isin(keys, distinct[order[: max(1, round(fraction * len(distinct)))]])
@@ -253,10 +253,10 @@ def prepare(
     columns: dict[str, str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Prepared:
-    """Reads, filters, tokenises and groups; the result is cached under what it depends on, whole or not at all.
+    """Read, filter, tokenise and group the data. The result is cached, atomically, under a hash of all it depends on.
 
     Without `eval_data`, `eval_fraction` of the prompts is held out, each with all its comparisons.
-    Raises InputError for bad data, and if nothing is left to train or to evaluate on.
+    Raises InputError for bad data, and if nothing is left to train or evaluate on.
     """
     if not eval_data and not 0 < eval_fraction < 1:
         raise InputError(f"--eval_fraction must lie between 0 and 1, got {eval_fraction}")
@@ -268,7 +268,7 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        gc.freeze()  # or all that was imported would be searched for garbage again and again: a fifth of the time
+        gc.freeze()  # spare imported objects repeated garbage collection, which takes a fifth of the time
         try:
             with whole_folder(folder) as new:
                 report = write_groups(
@@ -291,14 +291,14 @@ def prepare(
 
 
 def numbers(groups: datasets.Dataset, column: str) -> Tensor:
-    """[G] int32: a column that holds one number for each group."""
+    """[G] int32: a column with one number per group."""
     return torch.tensor(groups.data.column(column).to_numpy())
 
 
 def write_groups(
     folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
 ) -> dict[str, list]:
-    """train.arrow and eval.arrow in a folder; returns the report."""
+    """Write train.arrow and eval.arrow to a folder and return the report."""
     train = store(folder / "train.texts", train_data, tokenizer, separator, "worth", columns)
     if eval_data:
         held_out = store(folder / "eval.texts", eval_data, tokenizer, separator, "labelled", columns)
@@ -329,7 +329,7 @@ def write_groups(
 def groups_of(
     texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor
 ) -> tuple[bytes, list[Counter]]:
-    """The groups of one of `chunks`, as an Arrow stream, and the counts of each source."""
+    """The groups of one item of `chunks`, as an Arrow stream, and the counts of each source."""
     counts = [Counter() for _ in texts.report]
     groups = [group for group, _ in tokenise(read_prompts(texts, sizes, rows), tokenizer, counts, keep=keep, **rules)]
     stream = pyarrow.BufferOutputStream()
@@ -339,7 +339,7 @@ def groups_of(
 
 
 def totals(report: Iterable[Mapping]) -> Counter:
-    """The counts of all sources of a part in one."""
+    """Total counts over all sources of a part."""
     total: Counter = Counter()
     for name, value in (item for row in report for item in row.items()):
         if name in ("longest", "largest id"):

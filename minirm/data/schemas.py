@@ -1,8 +1,8 @@
-"""Preference data as it is published: which columns mean what.
+"""Schemas of published preference data: which column means what.
 
-A schema is recognised from the columns of the first row, and every row becomes an Example. To add one, write a function
-of a few lines, row -> Example, and enter it in SCHEMAS. An InputError it raises is shown with file and line. What no
-schema knows is named on the command line: --columns prompt=question chosen=response_j rejected=response_k.
+A schema is recognised by the columns of the first row, and every row becomes an Example. To add one, write a function
+of a few lines, row -> Example, and add it to SCHEMAS. Its InputErrors are shown with file and line. Columns that no
+schema knows are named on the command line: --columns prompt=question chosen=response_j rejected=response_k.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from minirm.errors import InputError, shown
 
-Messages = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], tool calls as the chat template takes them
-# What --columns can name, and what the field calls a prompt. A prompt under another name must not get lost.
+Messages = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], tool calls as chat templates expect them
+# Names that --columns accepts, and common names of the prompt, so that a prompt under another name is not lost.
 NAMES = (
     "prompt",
     "chosen",
@@ -35,29 +35,29 @@ PROMPTS = (
 
 
 class Example(NamedTuple):
-    """A prompt, its completions, and which of them was preferred to which. Texts are strings or lists of messages."""
+    """A prompt, its completions, and the preferences between them. Texts are strings or lists of messages."""
 
     prompt: str | Messages
     completions: list[str] | list[Messages]
     pairs: list[tuple[int, int, float]]  # (chosen, rejected, margin or 0), the first two indices into completions
     ties: int = 0  # comparisons without a preference
-    labelled: bool = True  # False: the order of the completions is taken for their ranking, nothing else tells it
+    labelled: bool = True  # False: only the order of the completions gives their ranking
     separator: str | None = None  # between prompt and completion; None: --separator
     subset: str = ""
-    id: str = ""  # of the row, where a benchmark needs it
-    odd: str = ""  # why its comparisons are not worth training on: the sides answer different questions
+    id: str = ""  # row id, if a benchmark needs it
+    odd: str = ""  # why its comparisons are not worth training on, say because the sides answer different questions
 
 
 class Schema(NamedTuple):
     name: str
-    columns: str  # all of them must be there; | separates other names for one
+    columns: str  # required columns; | separates alternative names
     read: Callable[[dict], Example]
-    optional: str = "prompt"  # columns that are used if they are there, besides subset
-    prompt: str = ""  # the column, or two, that are read as the prompt, which has another name
+    optional: str = "prompt"  # columns used if present, besides subset
+    prompt: str = ""  # one or two columns read as the prompt if it has another name
 
 
 def column(text: str) -> str:
-    """One word of --columns, prompt=question, as it is. Raises InputError for anything else."""
+    """Return one word of --columns, such as prompt=question, unchanged. Raises InputError for anything else."""
     name, _, path = text.partition("=")
     if name not in NAMES or not path:
         raise InputError(
@@ -67,12 +67,12 @@ def column(text: str) -> str:
 
 
 def renames(words: list[str]) -> dict[str, str]:
-    """{"prompt": "question"} of the words of --columns."""
+    """{"prompt": "question"} from the words of --columns."""
     return dict(word.split("=", 1) for word in words)
 
 
 def rename(row: dict, columns: dict[str, str]) -> dict:
-    """A row with columns by the names that minirm knows: {"prompt": "question.full_text"}; a dot reaches into an object."""
+    """Rename a row's columns to minirm's names: {"prompt": "question.full_text"}; a dot accesses a nested field."""
     renamed = {}
     for name, path in columns.items():
         value: Any = row
@@ -88,10 +88,10 @@ def rename(row: dict, columns: dict[str, str]) -> dict:
 
 
 def recognise(row: dict) -> Schema:
-    """The schema of a file by its first row, with the names of its columns there. InputError if none fits, or two."""
+    """A file's schema by its first row, with the column names used there. Raises InputError if none or several fit."""
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
     names = [{_name(row, *c.split("|")) for c in s.columns.split()} for s in fits]
-    # One that needs all that another needs, and more, says more.
+    # Prefer a schema that requires all of another's columns and more.
     fits = [s for s, mine in zip(fits, names) if not any(mine < other for other in names)]
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"
@@ -110,12 +110,12 @@ def recognise(row: dict) -> Schema:
 
 
 def _prompt_column(schema: Schema, row: dict) -> str:
-    """The columns that hold the prompt under another name, "" if there is none. InputError if it could be several."""
+    """The columns with the prompt under another name, or "". Raises InputError if several could be the prompt."""
     if "prompt" not in schema.optional.split() or row.get("prompt"):
         return ""
     sides = [row.get(side) for side in schema.columns.split() if side != "prompt"]
     if any(isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) for side in sides):
-        return ""  # conversations hold their prompt
+        return ""  # conversations contain their prompt
     if schema.read is chosen_rejected and _is_transcript(row):
         return ""
     found = [
@@ -134,7 +134,7 @@ def _prompt_column(schema: Schema, row: dict) -> str:
 
 
 def to_example(schema: Schema, row: dict) -> Example:
-    """Raises InputError for a column that is missing or holds what it should not."""
+    """Convert a row. Raises InputError for a column that is missing or has invalid content."""
     if gone := [column for column in schema.columns.split() if column not in row]:
         raise InputError(f"no column '{gone[0]}', which the first row has; found {', '.join(map(str, row)) or 'none'}")
     if schema.prompt:
@@ -158,7 +158,7 @@ def to_example(schema: Schema, row: dict) -> Example:
 
 
 def _with_system(example: Example, system: Any) -> Example:
-    """An instruction in a column of its own begins the prompt, as a message or as text."""
+    """Prepend a system prompt from its own column to the prompt, as a message or as text."""
     prompt = example.prompt
     if system in (None, ""):
         return example
@@ -173,7 +173,7 @@ def _with_system(example: Example, system: Any) -> Example:
 
 
 def describe(schema: Schema, row: dict) -> str:
-    """What is printed at start: the schema, and what its texts are where that is not a matter of columns."""
+    """The line printed at start: the schema, and the kind of its texts if the columns do not determine it."""
     if schema.read is chosen_rejected:
         if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
             return "answers in lists"
@@ -185,7 +185,7 @@ def describe(schema: Schema, row: dict) -> str:
 
 
 def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
-    """(columns that are read, columns of text that are not) of the first row."""
+    """(columns that are used, text columns that are not) in the first row."""
     known = {*schema.columns.split(), *schema.optional.split(), *schema.prompt.split(), "subset", "system"}
     used = [name for name in row if name in known and row[name] is not None]
     text = lambda value: isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict))
@@ -193,7 +193,7 @@ def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One function a schema
+# One function per schema
 def chosen_rejected(row: dict) -> Example:
     if all(
         isinstance(row[side], list) and row[side] and isinstance(row[side][0], str) for side in ("chosen", "rejected")
@@ -205,7 +205,7 @@ def chosen_rejected(row: dict) -> Example:
         margin = 0.0  # ultrafeedback_binarized: equal scores are a tie
     if not _is_transcript(row):
         return _comparison(prompt, [chosen, rejected], margin)
-    # Whole transcripts (hh-rlhf) are split at the last turn of the assistant that begins before the two sides part.
+    # Split whole transcripts (hh-rlhf) at the last assistant turn that begins before the two sides diverge.
     part = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     end = chosen.rfind(TURN, 0, part) + len(TURN) if TURN in chosen[:part] else 0
     sides = [chosen[end:], rejected[end:]]
@@ -217,7 +217,7 @@ def chosen_rejected(row: dict) -> Example:
 
 
 def summarize_from_feedback(row: dict) -> Example:
-    """Written as in openai_summarize_comparisons, answers from "TL;DR:" on, so that one model serves both."""
+    """Formats texts as in openai_summarize_comparisons, with answers after "TL;DR:", so that one model serves both."""
     info, summaries = row["info"], row["summaries"]
     if not (isinstance(info, dict) and isinstance(summaries, list) and [type(s) for s in summaries] == [dict, dict]):
         raise InputError("expected an object in 'info' and two objects with a 'text' in 'summaries'")
@@ -231,7 +231,7 @@ def summarize_from_feedback(row: dict) -> Example:
 
 
 def helpsteer(row: dict) -> Example:
-    """Negative: the first answer is the better one; the magnitude is the margin."""
+    """A negative preference means that the first answer is better; the magnitude is the margin."""
     answers = [_text(row, _name(row, f"response_{n}", f"response{n}")) for n in (1, 2)]
     strength = _number(row, _name(row, "preference_strength", "overall_preference"), low=-3, high=3)
     prompt = _text(row, _name(row, "prompt", "context"), optional=True)
@@ -252,11 +252,11 @@ def safe_rlhf(row: dict) -> Example:
 
 
 def arena(row: dict) -> Example:
-    """Conversations or answers, as JSON in strings or not; the winner by name or in a column for each outcome."""
+    """Conversations or answers, possibly as JSON strings; the winner by name or in one column per outcome."""
     kind = "conversation" if "conversation_a" in row else "response"
     columns = (f"{kind}_a", f"{kind}_b")
     prompt, *sides = ("" if kind == "conversation" else _list(row, "prompt"), *(_list(row, c) for c in columns))
-    if isinstance(prompt, list):  # a question a turn
+    if isinstance(prompt, list):  # one question per turn
         prompt, sides = "", [_turns(prompt, side) for side in sides]
     prompt, *sides = (_text({c: text}, c) for c, text in zip(("prompt", *columns), (prompt, *sides)))
     outcomes = ("model_a", "model_b", "tie")
@@ -270,7 +270,7 @@ def arena(row: dict) -> Example:
 
 
 def answer_lists(row: dict) -> Example:
-    """RewardBench 2, RM-Bench: every answer in `chosen` is better than every one in `rejected`."""
+    """RewardBench 2, RM-Bench: every answer in `chosen` is better than every answer in `rejected`."""
     sides = {side: row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")}
     if empty := [side for side, texts in sides.items() if not texts]:
         raise InputError(f"'{empty[0]}' must hold at least one answer, got an empty list; leave the row out")
@@ -299,7 +299,7 @@ def llm_bar(row: dict) -> Example:
 
 
 def share_gpt(row: dict) -> Example:
-    """LLaMA-Factory: the conversation so far, and a turn for either side, each as from and value."""
+    """LLaMA-Factory: the conversation so far, and one turn for each side, all with from and value."""
     roles = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
     def turns(column: str) -> Messages:
@@ -314,7 +314,7 @@ def share_gpt(row: dict) -> Example:
 
 
 def rejected_response(row: dict) -> Example:
-    """ms-swift: messages that end in the chosen answer, and a rejected answer in its place."""
+    """ms-swift: messages that end with the chosen answer, and a rejected answer to replace it."""
     messages = _text(row, "messages")
     if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
         raise InputError(f"'messages' must end with the assistant's answer, got {shown(row['messages'])}")
@@ -335,19 +335,19 @@ def openai_preference(row: dict) -> Example:
 
 
 def nectar(row: dict) -> Example:
-    """Seven answers with a rank, 1 is the best; equal ranks are ties. The prompt is a transcript."""
+    """Seven answers with ranks, where 1 is the best; equal ranks are ties. The prompt is a transcript."""
     return _rated(row, "answers", "answer", lambda of: _number(of, "rank"))
 
 
 def ultrafeedback(row: dict) -> Example:
-    """As published: an instruction, and four completions with an overall score."""
+    """As published: an instruction and four completions, each with an overall score."""
     return _rated(
         row | {"prompt": row["instruction"]}, "completions", "response", lambda of: -_number(of, "overall_score")
     )
 
 
 def _rated(row: dict, column: str, text: str, cost: Callable[[dict], float]) -> Example:
-    """Every ordered pair of the objects in a list column; a lower cost is better, an equal one a tie."""
+    """Compare all pairs of objects in a list column: the lower cost is better, equal costs are ties."""
     objects = _list(row, column)
     if not isinstance(objects, list) or not objects or not all(isinstance(of, dict) for of in objects):
         raise InputError(f"'{column}' must be a list of objects with {text}, got {shown(objects)}")
@@ -359,7 +359,7 @@ def _rated(row: dict, column: str, text: str, cost: Callable[[dict], float]) -> 
 
 
 def web_gpt(row: dict) -> Example:
-    """The better answer has the higher score; the question is a text, or an object with full_text."""
+    """The answer with the higher score is better. The question is a text or an object with full_text."""
     question = row["question"].get("full_text") if isinstance(row["question"], dict) else row["question"]
     low, high = sorted(scores := [_number(row, "score_0"), _number(row, "score_1")])
     answers = [_string(row[f"answer_{k}"], f"answer_{k}") for k in (0, 1)]
@@ -367,7 +367,7 @@ def web_gpt(row: dict) -> Example:
 
 
 def preferred(row: dict) -> Example:
-    """Two answers, and which one is preferred: a or b, 0 or 1 for the first or second, or a tie."""
+    """Two answers, and which one is preferred: a, b or a tie. Numbers are rejected as ambiguous."""
     answers = [_text(row, "response_a"), _text(row, "response_b")]
     value = str(row["preference"]).strip().lower().removeprefix("response_")
     if value in ("tie", "equal", "same"):
@@ -387,7 +387,7 @@ def stepwise(row: dict) -> Example:
 
 
 def point_wise(row: dict) -> Example:
-    """One answer and its score; read_texts ranks the rows of a prompt (see `by_score`)."""
+    """One answer and its score; read_examples ranks the rows of a prompt (see `by_score`)."""
     column = next(name for name in ("score", "label", "rating") if name in row)
     value = row[column]
     score = float(value) if isinstance(value, bool) else _number(row, column)
@@ -399,7 +399,7 @@ def point_wise(row: dict) -> Example:
 
 
 def by_score(rows: list[Example]) -> Example:
-    """All rows of a prompt, as `point_wise` gives them, in one example: every ordered pair, equal scores are ties."""
+    """Merge all rows of a prompt from `point_wise` into one example with all ordered pairs; equal scores are ties."""
     scores = [row.pairs[0][2] for row in rows]
     pairs = [(i, j, 0.0) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
     ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
@@ -408,7 +408,7 @@ def by_score(rows: list[Example]) -> Example:
 
 
 def ranked(row: dict) -> Example:
-    """Every ordered pair. Best first, unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
+    """All ordered pairs. Best first unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
     texts = _list(row, "completions")
     column = next((name for name in ("scores", "rank") if row.get(name) not in (None, "")), None)
     if not isinstance(texts, list) or not texts:
@@ -450,13 +450,13 @@ SCHEMAS = [
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they have in common
+# Shared helpers
 TURN = "\n\nAssistant:"
 ODD_END, ODD_PROMPTS = "a side ends with the user's turn", "the sides answer different prompts"
 
 
 def _is_transcript(row: dict) -> bool:
-    prompt = row.get("prompt") or ""  # some files give the question once more
+    prompt = row.get("prompt") or ""  # some files repeat the question here
     return isinstance(prompt, str) and all(
         isinstance(side, str) and side.lstrip().startswith("Human:") and TURN in side and prompt.strip() in side
         for side in (row["chosen"], row["rejected"])
@@ -464,23 +464,23 @@ def _is_transcript(row: dict) -> bool:
 
 
 def _comparison(prompt, completions: list, margin: float | None = None, better: int = 0) -> Example:
-    """Of two completions; `better` is the index of the chosen one. A margin of 0 is a tie."""
+    """Make an Example of two completions; `better` is the index of the chosen one. A margin of 0 is a tie."""
     pairs = [] if margin == 0 else [(better, 1 - better, margin or 0.0)]
     return _conversation(Example(prompt, completions, pairs, ties=1 - len(pairs)))
 
 
 def _conversation(example: Example) -> Example:
-    """Where there are messages, the prompt is all that comes before the sides part; else nothing changes."""
+    """With messages, the prompt becomes everything before the sides diverge; otherwise nothing changes."""
     prompt, sides = example[:2]
     if isinstance(prompt, str) and {*map(type, sides)} == {str}:
         return example
     sides = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
-    most = min(map(len, sides)) - 1  # something is left to score
+    most = min(map(len, sides)) - 1  # leave something to score
     lead = next((i for i in range(most) if any(side[i] != sides[0][i] for side in sides)), most)
     shared = sides[0][:lead]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}] if prompt else []
-    # The prompt may stand in the messages once more: all of it anywhere, or its last turns at their beginning.
+    # The messages may repeat the prompt: all of it anywhere, or its last turns at their beginning.
     turns, later = ([(m["role"], m["content"].strip()) for m in part] for part in (prompt, shared))
     if all(later[i : i + len(turns)] != turns for i in range(len(later) + 1)):
         again = max(k for k in range(len(turns) + 1) if turns[len(turns) - k :] == later[:k])
@@ -498,7 +498,7 @@ def _conversation(example: Example) -> Example:
 
 
 def _name(row: dict, *names: str) -> str:
-    """Which of the names for one column the row has."""
+    """The first of the column's alternative names that the row has."""
     return next((name for name in names if name in row), names[0])
 
 
@@ -521,7 +521,7 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
 
 
 def _message(message: dict, column: str) -> dict[str, Any]:
-    """Role and content, and what tool use brings along, for the chat template. A column that Parquet fills with null is none."""
+    """Role, content and tool-use fields for the chat template. Fields that Parquet fills with null are dropped."""
     more = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key) is not None}
     role = _string(message.get("role"), f"{column}: role")
     if message.get("content") is None and more.get("tool_calls"):
@@ -534,13 +534,13 @@ def _string(value: Any, column: str) -> str:
         raise InputError(f"'{column}' must be a string, got {shown(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which tokenizers reject
         raise InputError(f"'{column}' is not valid Unicode ({error})") from None
     return value
 
 
 def _content(value: Any, column: str) -> str:
-    """Of a message: a string, or a list of parts of type text."""
+    """A message's content: a string, or a list of parts of type text, which are joined."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         return "".join(_string(part.get("text"), column) for part in value)
     return _string(value, column)
@@ -566,7 +566,7 @@ def _choice(row: dict, column: str) -> int:
 
 
 def _list(row: dict, column: str) -> Any:
-    """What stands in a column, which may be a list as JSON in a string."""
+    """A column's value, parsed if it is a list written as a JSON string."""
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

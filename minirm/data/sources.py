@@ -1,8 +1,8 @@
-"""Rows out of files and datasets, each with the place where it stands, and errors that name it.
+"""Read rows from files and datasets, each with its location, which error messages name.
 
-A source is what stands behind --train_data: a file, a glob, a folder, a URL, or a dataset by name. Behind a colon may
-stand a split (`name:test`) or a configuration and a split (`name:config:split`), at the end how much of it is used:
-`@1000` its first 1,000 rows, `@0.5` every second row.
+A source is an argument of --train_data: a file, a glob, a folder, a URL, or a dataset name. A colon may add a split
+(`name:test`) or a configuration and a split (`name:config:split`). A suffix selects part of it: `@1000` the first 1,000
+rows, `@0.5` every second row.
 """
 
 import csv
@@ -30,21 +30,21 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zX": ".xz", b"(\xb5/\xfd": ".zst", b"PAR1": ".parquet"}
 A_FILE = f"a {', '.join(FILE_TYPES)} file"
 SPLITS = "train|test|validation|valid|val|dev|eval"
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # errors of a damaged compressed file
 
 
 class Source(NamedTuple):
-    """A source, taken apart."""
+    """A parsed source."""
 
     typed: str
     place: str  # path, glob, URL or name
-    parts: list[str]  # what stood behind colons: [], [split] or [config, split]
-    rows: int | None  # at most so many
-    share: float  # of the rows
+    parts: list[str]  # the parts after colons: [], [split] or [config, split]
+    rows: int | None  # maximum number of rows
+    share: float  # share of the rows
 
 
 def parse(source: str) -> Source:
-    """Take a source apart. Raises InputError for an amount that says nothing, and where two readings are possible."""
+    """Parse a source. Raises InputError for an invalid amount."""
     place, rows, share = source, None, 1.0
     if (amount := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)) and not Path(source).exists():
         place, number = amount.groups()
@@ -57,7 +57,7 @@ def parse(source: str) -> Source:
                 f"{source}: @{number} must be a number of rows, @1000, or a share of them, @0.5, of at most @1.0"
             )
     parts: list[str] = []
-    # A colon may be part of a file's name, and is one of a URL.
+    # A colon may also belong to a file name or a URL.
     while not Path(place).exists() and len(parts) < 2 and re.search(r":(?!//)[^:/\\]*$", place):
         place, _, part = place.rpartition(":")
         parts.insert(0, part)
@@ -65,7 +65,7 @@ def parse(source: str) -> Source:
 
 
 def kind_of(path: str) -> str:
-    """The suffix of a file below its compression, ".jsonl" of x.jsonl.gz; "" if it is none of FILE_TYPES."""
+    """A file's suffix without compression, such as ".jsonl" for x.jsonl.gz; "" if it is not in FILE_TYPES."""
     path = path.partition("?")[0]
     suffix = Path(path).suffix
     suffix = Path(path.removesuffix(suffix)).suffix if suffix in COMPRESSED else suffix
@@ -73,7 +73,7 @@ def kind_of(path: str) -> str:
 
 
 def files_of(source: Source) -> list[str] | None:
-    """The files of a source in order; None for a dataset that `datasets` has to load. Raises InputError if there are none."""
+    """A source's files in order; None for a dataset that `datasets` must load. Raises InputError if there are none."""
     place, local = source.place, "://" not in source.place
     if re.search(r"[*?[]", place.partition("?")[0] if "://" in place else place) and not Path(place).exists():
         fs, pattern = fsspec.core.url_to_fs(place)
@@ -84,7 +84,7 @@ def files_of(source: Source) -> list[str] | None:
         folder = Path(place)
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             return None
-        if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # harmless-base, and its like
+        if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # a data folder such as harmless-base
             folder = folder / source.parts[0]
         found = _files_in(folder)
         found = of_split(source, found, folder)
@@ -98,7 +98,7 @@ def files_of(source: Source) -> list[str] | None:
 
 
 def left_out(source: str) -> list[str]:
-    """Which data files of a folder are not read, as they are of another split, or of none where others name theirs."""
+    """A folder's data files that are not read: they belong to another split, or name none while others do."""
     parsed = parse(source)
     if "://" in parsed.place or not Path(parsed.place).is_dir():
         return []
@@ -116,7 +116,7 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
-    """The files of the split that was asked for, or of train, by their names; all of them if no name says a split."""
+    """The files whose names match the requested split, or train; all files if no name contains a split."""
     names = {
         file: re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", Path(file).relative_to(folder).as_posix())
         for file in files
@@ -138,10 +138,10 @@ def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) for every row that is used; `where` is "file:line" for an error message. Raises InputError.
+    """Yield (where, row) for every row that is used; `where` is "file:line", for error messages. Raises InputError.
 
-    JSON and CSV are read line by line here, not by `datasets`, which infers one type for a column and so cannot tell
-    in which line a wrong one stands, turns the CSV answer "NA" into nothing, and stumbles over columns not needed.
+    JSON and CSV are read line by line here, not by `datasets`, which infers one type per column and so cannot name the
+    line of a wrong value, turns the CSV answer "NA" into None, and fails on columns that are not needed.
     """
     parsed = parse(source)
     for number, (where, row) in enumerate(_all_rows(parsed)):
@@ -174,17 +174,17 @@ def _numbered(name: str, rows) -> Iterator[tuple[str, Any]]:
             yield f"{name}, row {number}", row
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - a damaged file shows itself when its rows are read
+    except Exception as error:  # noqa: BLE001 - a damaged file fails only when its rows are read
         raise InputError(f"{name}, row {number + 1}: cannot be read ({one_line(error)})") from None
 
 
 def _open(file: str, **text):
-    """A file or URL, decompressed: binary, or text for encoding=... . Raises InputError if it cannot be opened."""
+    """Open a file or URL, decompressed: as binary, or as text with encoding=... . Raises InputError if that fails."""
     if Path(file.partition("?")[0]).suffix == ".zst" and "zstd" not in fsspec.available_compressions():
         raise InputError(f"{file}: zstandard is not installed; pip install zstandard")
     try:
         return fsspec.open(file, "rt" if text else "rb", compression="infer", **text).open()
-    except ImportError as error:  # s3fs and its like
+    except ImportError as error:  # s3fs or similar
         raise InputError(f"{file}: {one_line(error)}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
@@ -204,7 +204,7 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
     try:
         with _open(file, encoding="utf-8-sig", newline="") as opened:
             yield from readers[kind_of(file)](file, opened, source)
-    except UnicodeDecodeError as error:  # the place it names is one in a piece of the file
+    except UnicodeDecodeError as error:  # its position is relative to a chunk of the file
         with _open(file) as raw:
             start = raw.read(4)
             if suffix := next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None):
@@ -217,7 +217,7 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long transcript
+    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is too small for a long transcript
     tabs = kind_of(file) == ".tsv"
     reader = csv.DictReader(opened, strict=True, delimiter="\t" if tabs else ",")
     try:
@@ -230,25 +230,25 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
                 f".tsv, not by {json.dumps(other[0])}"
             )
         for row in reader:
-            if None in row:  # a comma in a text without quotes: the text would end there without a word
+            if None in row:  # an unquoted comma would silently truncate the text
                 raise InputError(
                     f"{file}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
                     f"{len(reader.fieldnames)} column names; put texts with {'tabs' if tabs else 'commas'} in double quotes"
                 )
             yield f"{file}:{reader.line_num}", row
-    except csv.Error as error:  # where the row begins: the line behind the last good row
+    except csv.Error as error:  # the row begins on the line after the last good row
         raise InputError(
             f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
         ) from None
 
 
 def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
-    head: list[str] = []  # up to the first line that says something; a .zst file cannot be read twice
+    head: list[str] = []  # up to the first non-blank line; a .zst file cannot be read twice
     while (not head or head[-1].isspace()) and (line := opened.readline()):
         head.append(line)
     first = head[-1].lstrip() if head else ""
     one_a_line = not first.startswith("[")
-    if first.startswith("{"):  # as in many .json files; or one object over several lines with the rows of every split
+    if first.startswith("{"):  # JSON lines, common in .json files, or one multi-line object with all splits
         try:
             json.loads(first)
         except (ValueError, RecursionError):
@@ -259,7 +259,7 @@ def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
     text = "".join(head) + opened.read()
     try:
         rows = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number of over 4,300 digits
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number with over 4,300 digits
         raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
     if isinstance(rows, list):
         _no_splits(source, file)
@@ -268,16 +268,16 @@ def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _no_splits(source: Source, file: str) -> None:
-    if source.parts and kind_of(source.place):  # of a folder, the parts name its files
+    if source.parts and kind_of(source.place):  # for a folder, the parts select files
         raise InputError(f"{source.typed}: the file has no splits; type {file}")
 
 
 def _split_of(whole: dict, file: str, source: Source) -> list:
-    """The rows of {"data": [...]}, or of one of {"train": [...], "test": [...]}; one object is one row."""
+    """The rows of {"data": [...]}, or of one split of {"train": [...], "test": [...]}; any other object is one row."""
     lists = {
         name: rows for name, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
     }
-    if len(lists) < len(whole):  # messages and answers are lists of objects too
+    if len(lists) < len(whole):  # messages and answers are lists of objects, too
         known = re.compile(rf"(data|rows|examples|{SPLITS})([-_].*)?")
         lists = {name: rows for name, rows in lists.items() if known.fullmatch(name) or name in source.parts}
     if {"chosen", "rejected"} & whole.keys() or not lists:
@@ -290,7 +290,7 @@ def _split_of(whole: dict, file: str, source: Source) -> list:
 
 
 def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
-    decode = json.JSONDecoder(object_pairs_hook=_object).decode  # loads would make one for every line
+    decode = json.JSONDecoder(object_pairs_hook=_object).decode  # json.loads would make a decoder per line
     for number, line in enumerate(opened, 1):
         if line.isspace():
             continue
@@ -307,7 +307,7 @@ def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, A
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. The parser itself would let the last of two equal names win without a word."""
+    """A JSON object. By default the parser silently keeps the last of two equal keys."""
     if len(row := dict(pairs)) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"{shown(twice)} stands twice in one object")
@@ -315,9 +315,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _load(source: Source) -> datasets.Dataset:
-    """A dataset by name, name:split or name:config:split, or a folder of `save_to_disk`."""
+    """Load a dataset by name, name:split or name:config:split, or a folder written by `save_to_disk`."""
     config, split = ([None, "train"] if not source.parts else [None, *source.parts])[-2:]
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes with the exception
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its messages come with the exception
     if Path(source.place).is_dir():
         with refusing(f"{source.typed}: a folder of save_to_disk that cannot be loaded"):
             loaded = datasets.load_from_disk(source.place)
@@ -340,7 +340,7 @@ def _load(source: Source) -> datasets.Dataset:
 
 
 def fingerprint(source: str) -> str:
-    """Changes when the data does. Raises InputError if there is no such file or dataset."""
+    """A hash that changes when the data does. Raises InputError if there is no such file or dataset."""
     parsed = parse(source)
     files = files_of(parsed)
     if files is None:
@@ -355,7 +355,7 @@ def fingerprint(source: str) -> str:
                 prints.append(file_digest(Path(file)))
         except ImportError as error:
             raise InputError(f"{file}: {one_line(error)}") from None
-        except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        except Exception as error:  # noqa: BLE001 - each file system has its own errors
             raise InputError(
                 f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}"
             ) from None

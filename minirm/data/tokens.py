@@ -1,4 +1,4 @@
-"""From texts to groups of token ids: encoding, fitting to --max_length, grouping by prompt."""
+"""Turn texts into groups of token ids: encode, fit to --max_length, group by prompt."""
 
 import json
 from collections import Counter
@@ -12,9 +12,9 @@ from minirm.errors import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
-    """Token ids: BOS once, even where the text brings along what the tokenizer adds, and once at the end EOS, or what
-    ends a turn in the chat template."""
-    if backend := getattr(tokenizer, "backend_tokenizer", None):  # what a call does, less offsets and masks
+    """Token ids: the tokenizer's BOS once, even if the text already contains it, and at the end one EOS, or the token
+    that ends a turn in the chat template."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # like a call, but without offsets and masks
         backend.no_truncation(), backend.no_padding()
         backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
         rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=not chat)]
@@ -22,7 +22,7 @@ def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) ->
         rows = tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = special_ids(tokenizer) if chat else set()
-    least = int(start == end and tokenizer("")["input_ids"][:1] == [end])  # an EOS that is BOS, too (OPT), stays
+    least = int(start == end and tokenizer("")["input_ids"][:1] == [end])  # keep an EOS that is also BOS (OPT)
     for ids in rows:
         while not chat and len(ids) > least and ids[-1] == end:
             ids.pop()
@@ -34,10 +34,10 @@ def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) ->
 
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
-    """How many leading ids all rows share."""
-    low, high = min(rows), max(rows)  # all others lie between these two in dictionary order
+    """Number of leading ids that all rows share."""
+    low, high = min(rows), max(rows)  # all other rows lie between these two in lexicographic order
     same, end = 0, min(len(low), len(high))
-    while same < end:  # halved, since slices compare faster than one id after the other
+    while same < end:  # binary search, because comparing slices is faster than comparing single ids
         middle = (same + end + 1) // 2
         same, end = (middle, end) if low[same:middle] == high[same:middle] else (same, middle - 1)
     return same
@@ -46,16 +46,16 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 def tokenise(
     prompts: list[list[dict]], tokenizer, counts: list[Counter], *, max_length: int, overlong: str, keep: str = "worth"
 ) -> Iterator[tuple[dict, list[tuple[dict, dict[int, int]]]]]:
-    """Groups (see the top of this file) of prompts, each a list of its examples, as TEXTS.
+    """Turn prompts, each a list of its examples as TEXTS, into groups (see prepare.py).
 
-    Yields a group, and for each of its examples where its completions are: {number in texts: index into completions}.
-    `counts`, one for each source, get kept, cut, and why others were dropped. `keep`: see `read_texts`; with "all",
-    what the chat template gives stays as it is.
+    Yields a group, and for each of its examples the places of its completions: {index into texts: index into
+    completions}. `counts`, one per source, get the numbers kept, cut, and dropped by reason. `keep`: see `read_texts`;
+    "all" leaves the chat template's output unchanged.
 
-    An over-long example loses the left end of its prompt (never BOS, the answers or EOS), as much as its longest answer
-    needs, so that all of them still follow the same text. Other examples of the prompt keep theirs whole: they form a
-    group of their own. An answer that is too long by itself is dropped with its comparisons, or, unless `keep` is
-    "worth", cut before its EOS.
+    An over-long example is truncated at the left of its prompt (never BOS, the answers or EOS), as far as its longest
+    answer needs, so that all answers still follow the same text. The prompt's other examples stay untruncated and form
+    another group. An answer that alone is too long is dropped with its comparisons, or, unless `keep` is "worth",
+    truncated before its EOS.
     """
     too_long = "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
     ids_of = {}
@@ -89,7 +89,7 @@ def tokenise(
 
 
 def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str) -> tuple:
-    """(tokens cut out of the prompt, {k: ids} of the texts that fit then, those of them whose answer is cut as well)."""
+    """(tokens cut from the prompt, {k: ids} of the texts that then fit, those of them whose answer is cut as well)."""
     ids, longest = dict(enumerate(sides)), max(map(len, sides))
     if longest <= max_length:
         return 0, ids, set()
@@ -98,11 +98,11 @@ def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overl
         raise InputError(f"{example['where']}: {longest} tokens, --max_length is {max_length}; {advice}")
     if overlong == "drop":
         return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, set()
-    # The prompt ends where the ids stop being those of the prompt alone.
+    # The prompt ends where the ids start to differ from those of the prompt alone.
     chat, prompt = example["chat"], example["prompt"]
     prompt = render(tokenizer, json.loads(prompt), example["where"]) if chat else prompt
     nothing, alone = encode(tokenizer, ["", prompt], chat, eos=False)
-    # What the tokenizer puts before every text stays, BOS or more (GLM), and a BOS that the prompt brings along.
+    # Keep what the tokenizer puts before every text, BOS or more (GLM), and a BOS that the prompt contains.
     same = common_prefix([alone, *sides])
     start = common_prefix([nothing, alone, *sides]) or int(same > 0 and alone[0] == tokenizer.bos_token_id)
     room = same - start
@@ -116,7 +116,7 @@ def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overl
 
 def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[dict, list]:
     """Members (example, {k: ids of its k-th text}, [(chosen, rejected, margin)]) of one prompt -> one row of FEATURES,
-    and where each example's texts are in it (see `tokenise`). Texts that are not compared are left out unless `every`."""
+    and the places of each example's texts in it (see `tokenise`). Omits texts without comparisons unless `every`."""
     index: dict[tuple, int] = {}
     places, pairs = [], []
     for example, ids, compared in members:
@@ -125,7 +125,7 @@ def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[
         places.append((example, place))
         pairs += [(place[c], place[r], margin, example["subset"], example["source"]) for c, r, margin in compared]
     texts = [list(ids) for ids in index]
-    # A text that is the beginning of another (its answer contains EOS), or equal, keeps its last token as completion.
+    # A text that equals another or is its prefix (if an answer contains EOS) keeps its last token as completion.
     shared = min(common_prefix(texts), min(map(len, texts)) - 1)
     separate_tokens = sum(map(len, texts))
     shared_tokens = separate_tokens - shared * (len(texts) - 1)
@@ -146,7 +146,7 @@ def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[
 
 
 def tokenizer_state(tokenizer) -> str:
-    """All that decides which ids a text becomes."""
+    """Everything that determines the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = backend.to_str() if backend else f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
     return f"{rules} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.chat_template}"

@@ -1,4 +1,4 @@
-"""A function on all cores of this machine: in processes, with the results in order."""
+"""Run a function on all cores of this machine, in processes, with results in order."""
 
 import ctypes
 import os
@@ -13,17 +13,17 @@ from typing import Any
 from minirm.errors import Stop
 from minirm.signals import SIGNALS
 
-AHEAD = 4  # tasks of each process that are under way or waiting to be taken: enough to keep it busy
+AHEAD = 4  # submitted tasks per process: enough to keep it busy
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
-_job: tuple[Callable, Sequence[tuple]]  # in a process of the pool: the function and all its tasks
+_job: tuple[Callable, Sequence[tuple]]  # in a worker process: the function and all its tasks
 
 
 def on_all_cores(function: Callable, tasks: Sequence[tuple], processes: int = 0) -> Iterator[Any]:
-    """function(*task) for each task, in order, by so many processes (0: one for each core that this one may use).
+    """Yield function(*task) for each task, in order, from this many processes (0: one per core that this one may use).
 
-    The processes are forked and share what function and tasks hold; only results are sent. A single task is computed here.
-    Raises what the first task that fails raises, and Stop if a process is killed.
+    The processes are forked and share the memory of function and tasks; only results are sent. A single task runs in
+    this process. Raises the exception of the first task that fails, and Stop if a process is killed.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), len(tasks))
     if processes < 2:
@@ -45,7 +45,7 @@ def on_all_cores(function: Callable, tasks: Sequence[tuple], processes: int = 0)
 
 
 def _begin(parent: int, function: Callable, tasks: Sequence[tuple]) -> None:
-    """In a new process: it ends with its parent, leaves signals to it, and has one core."""
+    """Set up a worker: it dies with its parent, ignores signals, and uses one core."""
     global _job
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

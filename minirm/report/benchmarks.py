@@ -1,4 +1,4 @@
-"""Scores of published benchmarks, as their authors define them: plain functions of rewards, no model.
+"""Scores of published benchmarks as their authors define them: plain functions of rewards, no model.
 
 A row is one prompt: {"id", "subset", "correct": rewards of the right answers, "wrong": rewards of the others}.
 """
@@ -11,14 +11,14 @@ TIES = "Ties"
 
 
 def best_of_n(row: dict) -> float:
-    """1 if a right answer has the highest reward, 1/k of that for each of k answers tied there."""
+    """1 if a right answer has the highest reward. If k answers tie for it, each right one among them counts 1/k."""
     top = max(*row["correct"], *row["wrong"])
     right, tied = row["correct"].count(top), (row["correct"] + row["wrong"]).count(top)
     return right / tied
 
 
 def reward_bench_2(rows: list[dict]) -> dict[str, float]:
-    """Each subset's score and their mean (Malik et al., arXiv 2506.01937): `best_of_n`, for Ties see `ties`."""
+    """Each subset's score and their mean (Malik et al., arXiv 2506.01937): `best_of_n`, but `ties` for Ties."""
     by_subset = defaultdict(list)
     for row in rows:
         by_subset[row["subset"]].append(row)
@@ -27,7 +27,7 @@ def reward_bench_2(rows: list[dict]) -> dict[str, float]:
 
 
 def ties(rows: list[dict]) -> float:
-    """The Ties subset: a prompt with many right answers ("tied:N") beside one that has a single right answer ("ref:N").
+    """The Ties subset: pairs of a prompt with many right answers ("tied:N") and one with a single right one ("ref:N").
 
     0.3 x accuracy on tied + 0.3 x accuracy on ref + 0.2 x share of the prompts whose margin (least right minus best wrong
     reward) exceeds the spread of the right ones + 0.2 x the same with the smaller of both prompts' margins + 0.01 x mean of
@@ -61,8 +61,8 @@ def _gap(margin: float, spread: float) -> float:
 def rm_bench(rows: list[dict]) -> dict[str, float]:
     """RM-Bench (Liu et al., arXiv 2410.16184): right and wrong answers in three styles each, from plain to elaborate.
 
-    Accuracy by the style of the right answer (row) and of the wrong one (column): easy is below the diagonal, where the
-    right answer is the more elaborate one, normal on it, hard above it.
+    Accuracy is tabulated by the style of the right (row) and wrong (column) answer. Easy is below the diagonal, where
+    the right answer is more elaborate, normal on it, and hard above it.
     """
     matrix = [[fmean(row["correct"][i] > row["wrong"][j] for row in rows) for j in range(3)] for i in range(3)]
     cells = {"easy": [(1, 0), (2, 0), (2, 1)], "normal": [(0, 0), (1, 1), (2, 2)], "hard": [(0, 1), (0, 2), (1, 2)]}
@@ -70,8 +70,8 @@ def rm_bench(rows: list[dict]) -> dict[str, float]:
     return scores | {"mean": fmean(scores.values())}
 
 
-# Sections of RewardBench (Lambert et al., arXiv 2403.13787), with the number of prompts by which each subset weighs; math
-# weighs as much as all code together.
+# Sections of RewardBench (Lambert et al., arXiv 2403.13787), with the number of prompts that weights each subset; math
+# has the weight of all code subsets together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
@@ -91,7 +91,7 @@ SECTIONS = {
 
 
 def reward_bench(accuracy: dict[str, float]) -> dict[str, float]:
-    """{subset: accuracy} -> the four sections and their mean; {} unless all subsets are there."""
+    """{subset: accuracy} -> scores of the four sections and their mean; {} unless all subsets are present."""
     if not all(subset in accuracy for section in SECTIONS.values() for subset in section):
         return {}
     scores = {

@@ -1,4 +1,4 @@
-"""README.md of a trained model."""
+"""Write the README.md of a trained model."""
 
 import json
 import re
@@ -78,14 +78,14 @@ train.py {recipe}
 """
 
 
-# What it says besides if the tokenizer has a chat template.
+# Added if the tokenizer has a chat template.
 CHAT = """Of messages, `tokenizer.apply_chat_template(messages, tokenize=False)` is the text, its last token the one that is scored;
 it is tokenised with `add_special_tokens=False`. That is what TRL does with messages if given the folder, `reward_funcs=folder`.
 
 """
 
 
-# What it says besides if transformers has no class for the family.
+# Added if transformers has no class for the family.
 REMOTE = """
 
 transformers has no sequence-classification class for this family. The few lines of `modeling_reward.py` beside the weights are
@@ -95,15 +95,15 @@ one: read them, then load with `trust_remote_code=True`. vLLM and `minirm.score`
 def model_card(args, report: dict, result: dict, tokenizer, output: Path, remote: bool = False) -> str:
     """README.md of a trained model: how good it is, how to load it, what it was trained on and how.
 
-    remote: whether it is loaded by the code beside its weights, instead of by a class of transformers.
-    result: the evaluation of what is exported; output: the folder that has metrics.jsonl, and perhaps curves.png.
+    remote: whether the code beside its weights loads it, instead of a class of transformers.
+    result: evaluation of the exported model; output: the folder with metrics.jsonl and perhaps curves.png.
     """
     said = [(flag, v) for flag, v in sorted(vars(args).items()) if flag not in UNSAID and v not in (None, False, [])]
     rows = [row for row in read_rows(output) if row.get("eval_loss") is not None] or [result]  # null: not finite
-    ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # the first and the last among them
+    ten = sorted({round(i * (len(rows) - 1) / 9) for i in range(10)})  # including the first and last
     curve = ["| {step:,} | {eval_loss:.4f} | {eval_accuracy:.4f} |".format_map(rows[i]) for i in ten]
-    added = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # by the tokenizer itself: in no text then
-    plain = args.model if re.fullmatch(r"[\w./-]+", args.model) else json.dumps(args.model)  # as YAML
+    added = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # the tokenizer adds EOS, so texts must not
+    plain = args.model if re.fullmatch(r"[\w./-]+", args.model) else json.dumps(args.model)  # quoted for YAML
     text = f"prompt{args.separator}answer{'' if added else tokenizer.eos_token}"
     rounded = f"  # {args.precision}; with dtype=torch.float32 fewer rewards are equal"
     return CARD.format(
@@ -128,7 +128,7 @@ def model_card(args, report: dict, result: dict, tokenizer, output: Path, remote
 
 
 def code(text: str) -> str:
-    """Markdown for a piece of code, whatever backticks it holds."""
+    """Markdown inline code, also for text that contains backticks."""
     text = printable(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

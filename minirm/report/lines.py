@@ -1,4 +1,4 @@
-"""What a person reads: at the start what became of the data and one pair as the model sees it, at the end how good it is."""
+"""Text for people: at the start, what became of the data and one pair as the model sees it; at the end, the quality."""
 
 import shlex
 from collections import Counter
@@ -13,9 +13,9 @@ from minirm.freeze import Frozen
 from minirm.lora import without_adapter
 from minirm.rows import Batch
 
-# AdamW moves a weight by about the learning rate a step. Runs of a shorter path than this stayed at chance.
+# AdamW moves a weight by about the learning rate per step. Runs with a shorter total path than this stayed at chance.
 LEAST_PATH = 1e-3
-# Said at the start, and by the card, with --loss trlx.
+# Printed at the start, and in the model card, with --loss trlx.
 PUBLISHED = """--loss trlx, as published, reads both rewards at the place before the longer answer's EOS, for held-out figures as
 well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
 
@@ -31,9 +31,9 @@ def start_report(
     sample: list[Batch],
     total_steps: int,
 ) -> str:
-    """All flags, the table of comparisons, the share that is trained, the marked pair, what has no effect or too little.
+    """All flags, the table of comparisons, the trained share, the marked pair, and flags with no or too little effect.
 
-    not_shared: why rows are not shared; sample: some micro-batches of one process, to tell how much of a batch is padding.
+    not_shared: why rows are not shared; sample: some micro-batches of one process, to measure the share of padding.
     """
     padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
     lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
@@ -55,7 +55,7 @@ def start_report(
 
 
 def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
-    """(whether to say it, line) where the flags let the weights move too little for anything to be learned."""
+    """(whether to print it, line) for flags with which the weights move too little to learn anything."""
     rate, warm_up = args.learning_rate, args.warmup_steps if args.lr_scheduler_type != "constant" else 0
     path = rate * total_steps
     unreached = f"--warmup_steps {warm_up} of {total_steps} steps: --learning_rate is never reached; choose a tenth of the steps"
@@ -70,7 +70,7 @@ def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
-    """What every source was read as, what became of its comparisons, its tokens, and how far mere length would get."""
+    """Each source's schema, the fate of its comparisons, its tokens, and the accuracy of length alone."""
     rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
     counts = [totals([row]) for _, row in rows]
     total = sum(counts, Counter())
@@ -104,7 +104,7 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
 
 
 def source_line(row: dict) -> str:
-    """What a source was read as, the columns that were read, and those of text that were not."""
+    """A source's schema, the columns that were used, and the text columns and files that were not."""
     line = f"{typed(row['source'])}: {printable(row['schema'])}"
     for what in ("columns", "not used", "not read"):
         if names := row.get(what):
@@ -124,7 +124,7 @@ def freeze_line(model: nn.Module, frozen: Frozen) -> str:
 
 
 def marked_pair(group: dict, tokenizer) -> str:
-    """The first comparison as decoded from its ids, scored tokens in [[ ]]; the end reward is read at the last one."""
+    """The first comparison, decoded from its ids, with scored tokens in [[ ]]; the last one has the end reward."""
     prefix, sides = group["prefix"], {side: group["completions"][group[side][0]] for side in ("chosen", "rejected")}
     same = common_prefix([*sides.values()])
     shown = tokenizer.decode(prefix + sides["chosen"][:same])
@@ -139,7 +139,7 @@ def marked_pair(group: dict, tokenizer) -> str:
 
 
 def headline(row: dict) -> str:
-    """An evaluation's row of metrics.jsonl for people."""
+    """Format an evaluation's row of metrics.jsonl for people."""
     return (
         f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f} ({row['eval_accuracy_low']:.3f} to "
         f"{row['eval_accuracy_high']:.3f}), loss {row['eval_loss']:.4f}, reward margin {row['eval_reward_margin']:.4f} "
@@ -148,7 +148,7 @@ def headline(row: dict) -> str:
 
 
 def last_words(exported: dict, last: dict, output: Path) -> str:
-    """The last line of a run: how good the model is that was exported, beside the last one. Two evaluations' rows."""
+    """The last line of a run: the quality of the exported model and of the last one, from two evaluation rows."""
     line = f"held-out accuracy {exported['eval_accuracy']:.4f} on {exported['eval_pairs']} pairs"
     if exported["step"] < last["step"]:
         line += (
@@ -166,14 +166,14 @@ def last_words(exported: dict, last: dict, output: Path) -> str:
 
 
 def length_alone(row: dict) -> tuple[str, float]:
-    """("longer" or "shorter", share of the held-out pairs that choosing this answer gets right)."""
+    """("longer" or "shorter", accuracy of always choosing that answer), whichever is more accurate."""
     longer = row["eval_length_accuracy"]
     shorter = sum(bucket["pairs"] for bucket in row["eval_by_length"] if bucket["high"] < 0) / row["eval_pairs"]
     return ("longer", longer) if longer >= shorter else ("shorter", shorter)
 
 
 def final_report(row: dict) -> str:
-    """An evaluation's row beyond its accuracy, in a few lines: is it length, where does it know, can it be believed?"""
+    """More of an evaluation's row: whether length explains the accuracy, where in the answer it arises, calibration."""
     which, alone = length_alone(row)
     model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
     by_length = []
@@ -192,7 +192,7 @@ def final_report(row: dict) -> str:
 
 
 def typed(value) -> str:
-    """As on a command line; of a path its name alone, since the card may leave this machine."""
+    """Format a value as typed on a command line. Absolute paths lose their folders, since the card may be published."""
     if isinstance(value, list):
         return " ".join(map(typed, value))
     text = printable(value)

@@ -1,7 +1,7 @@
-"""How good a reward model is on held-out pairs: plain functions on one number a pair, torch alone, no model, no ranks.
+"""Measure a reward model on held-out pairs: plain functions of one number per pair; only torch, no model, no ranks.
 
 P = pairs; end rewards `chosen`, `rejected` [P]; `prompt` [P] integers, equal for pairs of the same prompt. Everything is
-computed on the CPU in fp64, in the order of the pairs, so that it does not depend on who computed which reward.
+computed on the CPU in fp64, in the order of the pairs, so that it does not depend on which rank computed which reward.
 """
 
 import math
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TENTHS = 10  # of an answer
+TENTHS = 10  # parts of an answer
 
 
 def agreement(chosen: Tensor, rejected: Tensor, prompt: Tensor) -> dict:
-    """How many pairs the rewards order as people did: accuracy, accuracy_low, accuracy_high, ties, pairs.
+    """Agreement of the rewards with human preferences: accuracy, accuracy_low, accuracy_high, ties, pairs.
 
-    A tie is not correct: a constant scorer has accuracy 0. Low and high: see `interval`.
+    A tie is not correct, so a constant scorer has accuracy 0. Low and high: see `interval`.
     """
     correct = (chosen > rejected).double()
     low, high = interval(correct, prompt)
@@ -27,21 +27,21 @@ def agreement(chosen: Tensor, rejected: Tensor, prompt: Tensor) -> dict:
 
 
 def interval(correct: Tensor, prompt: Tensor) -> tuple[float, float]:
-    """95 % interval of the accuracy of 0/1 values [P], for prompts drawn at random, each with all its pairs.
+    """95 % interval of the mean of 0/1 values [P], for prompts drawn at random, each with all its pairs.
 
-    Pairs of a prompt are not independent. So the variance of the accuracy is that of the jackknife, which leaves out one
-    prompt at a time; it says how many independent pairs would be as uncertain, and Wilson's interval is taken for so
-    many, with Student's t for as many prompts as there would be if all had equally many pairs (Kish). Where nothing
-    varies (all correct), and where the jackknife is by chance below that of independent pairs, those count.
-    Covers 93 to 97 % for 60 to 300 prompts (tests/test_measure.py); 92 % where of 60 uneven prompts at an accuracy of 0.9
-    most are all right or all wrong.
+    Pairs of a prompt are not independent, so the variance comes from a jackknife that leaves out one prompt at a time.
+    It gives the number of independent pairs with the same uncertainty, for which Wilson's interval is computed, with
+    Student's t for the effective number of prompts (Kish: as if all had equally many pairs). The number of independent
+    pairs is at most P, in case the jackknife variance is too small by chance; if nothing varies (all correct), it is the
+    effective number of prompts. Covers 93 to 97 % for 60 to 300 prompts (tests/test_measure.py), and 92 % for 60 uneven
+    prompts at an accuracy of 0.9 if most are all right or all wrong.
     """
     _, number = prompt.unique(return_inverse=True)
     sizes = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, torch.ones_like(correct))
     right = torch.zeros_like(sizes).index_add_(0, number, correct)
     n, prompts, p = len(correct), len(sizes), correct.mean().item()
     if prompts == 1:
-        return 0.0, 1.0  # which says nothing of other prompts
+        return 0.0, 1.0  # one prompt says nothing about others
     like_prompts = n**2 / sizes.square().sum().item()
     variance = (prompts - 1) / prompts * ((right - p * sizes) / (n - sizes)).square().sum().item()
     independent = min(p * (1 - p) / variance, n) if variance else like_prompts
@@ -52,18 +52,18 @@ def interval(correct: Tensor, prompt: Tensor) -> tuple[float, float]:
 
 
 def t_quantile(freedom: float) -> float:
-    """Student's t that 97.5 % lie below: Abramowitz & Stegun 26.7.5, to 0.003 from 5 degrees of freedom on."""
+    """97.5 % quantile of Student's t: Abramowitz & Stegun 26.7.5, accurate to 0.003 from 5 degrees of freedom on."""
     z = 1.959963984540054
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum(term / freedom**k for k, term in enumerate(terms, 1))
 
 
 def calibration(chosen: Tensor, rejected: Tensor, buckets: int = 10) -> dict:
-    """Is sigmoid(|chosen - rejected|) the share of pairs that are ordered right? calibration_error and calibration.
+    """Compare sigmoid(|chosen - rejected|) with the share of pairs ordered right: calibration_error and calibration.
 
-    `calibration`: a {"predicted", "observed", "pairs"} for each bucket, means over pairs with a like difference, buckets
-    of like size. calibration_error: mean over the pairs of |predicted - observed| of their bucket (Guo et al., arXiv
-    1706.04599); by chance alone about 0.06 for 300 pairs. A tie predicts a half and is half right; nan is left out.
+    `calibration`: {"predicted", "observed", "pairs"} per bucket, means over pairs with similar differences; buckets
+    have similar sizes. calibration_error: mean over pairs of their bucket's |predicted - observed| (Guo et al., arXiv
+    1706.04599); about 0.06 by chance for 300 pairs. A tie predicts 0.5 and counts as half right; nan is left out.
     """
     difference = (chosen - rejected).double()
     difference = difference[~difference.isnan()]
@@ -77,7 +77,7 @@ def calibration(chosen: Tensor, rejected: Tensor, buckets: int = 10) -> dict:
 
 
 def like(values: Tensor, count: int) -> list[Tensor]:
-    """Indices of like values [P], in up to `count` buckets of like size, ascending. Equal values stay together."""
+    """Indices [P] in up to `count` buckets of similar values and size, ascending. Equal values share a bucket."""
     ordered = values.sort().values
     middle = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)) / 2  # its rank
     number = (middle.double() * count / max(1, len(values))).long()
@@ -85,7 +85,7 @@ def like(values: Tensor, count: int) -> list[Tensor]:
 
 
 def by_name(names: Iterable[Iterable[str]]) -> dict[str, Tensor]:
-    """{name: indices of its pairs} in the order of the alphabet; names: of each pair, "" is none."""
+    """{name: indices of its pairs}, sorted by name; names: the names of each pair; "" is ignored."""
     found: dict[str, dict[int, None]] = {}
     for i, of_pair in enumerate(names):
         for name in of_pair:
@@ -94,16 +94,16 @@ def by_name(names: Iterable[Iterable[str]]) -> dict[str, Tensor]:
 
 
 def file_names(files: list[str]) -> list[str]:
-    """What the files are called where they are told apart: helpful/test.jsonl and harmless/test.jsonl by all of that."""
+    """Names that distinguish files: stems, or full names if stems repeat (helpful/test.jsonl, harmless/test.jsonl)."""
     stems = [Path(file).stem if len(files) > 1 else "" for file in files]
     return [stem if stems.count(stem) == 1 else file for stem, file in zip(stems, files)]
 
 
 def right_by_tenth(chosen: Tensor, rejected: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Share of places with c_t > r_t in each tenth of start <= t < end: [P, T], [P, T], [P], [P] -> [P, 10] fp64.
+    """Share of positions with c_t > r_t in each tenth of start <= t < end: [P, T], [P, T], [P], [P] -> [P, 10] fp64.
 
-    Tenth k is the places from start + k n // 10 to before start + (k + 1) n // 10, n = end - start, and at least the
-    first of them: below ten places some stand in several tenths.
+    Tenth k is start + k n // 10 <= t < start + (k + 1) n // 10, where n = end - start, but at least its first position.
+    With n < 10, some positions belong to several tenths.
     """
     upto = F.pad((chosen > rejected).double().cumsum(dim=1), (1, 0))  # [P, T + 1]: right places before t
     k = torch.arange(TENTHS + 1, device=start.device)
@@ -113,25 +113,25 @@ def right_by_tenth(chosen: Tensor, rejected: Tensor, start: Tensor, end: Tensor)
 
 
 def histogram(chosen: Tensor, rejected: Tensor, bins: int = 30) -> dict:
-    """{"edges" [bins + 1], "chosen" [bins], "rejected" [bins]}: how many rewards lie where. None where none is finite."""
+    """{"edges" [bins + 1], "chosen" [bins], "rejected" [bins]}: counts of finite rewards; all empty without any."""
     sides = [side[side.isfinite()].double() for side in (chosen, rejected)]
     both = torch.cat(sides)
     if not len(both):
         return {"edges": [], "chosen": [], "rejected": []}
-    edges = torch.histogram(both, bins).bin_edges  # from the least to the greatest; half of one off where all are equal
+    edges = torch.histogram(both, bins).bin_edges  # from minimum to maximum; +- 0.5 if all are equal
     counts = [torch.histogram(side, edges).hist.long().tolist() for side in sides]
     return {"edges": edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
 
 
 def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
-    """What is known of the pairs of some groups (see data.py) before any reward: `measure`'s other arguments.
+    """What is known about the pairs of groups (see prepare.py) before scoring: `measure`'s other arguments.
 
-    Args: files: that the data came from; several are told apart. by_prompt: a pair weighs 1 / (pairs of its prompt).
+    Args: files: the data's files; several get distinct names. by_prompt: a pair weighs 1 / (pairs of its prompt).
     """
     of_file = file_names(files)
     prompt, tokens, weight, names, number, left = [], [], [], [], -1, 0
     for row in groups:
-        if not left:  # the groups of a prompt, several where some of its pairs are cut, follow each other
+        if not left:  # a prompt's groups are consecutive; it has several if some of its pairs are cut
             number, left = number + 1, row["prompt_pairs"]
         left -= row["pairs"]
         assert left >= 0, f"prompt {number} has more pairs than its prompt_pairs says"
@@ -145,10 +145,10 @@ def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
 
 
 def measure(chosen, rejected, loss, right, *, prompt, tokens, weight, names: list[tuple[str, ...]]) -> dict:
-    """All figures of an evaluation, by the names of metrics.jsonl; JSON holds them.
+    """All metrics of an evaluation, named as in metrics.jsonl; JSON-serializable.
 
-    Args: tensors chosen, rejected, loss, prompt: [P]; right: [P, 10] of `right_by_tenth`; tokens: [P, 2] of the chosen
-    and the rejected answer; weight: [P] of the loss, whose weighted mean is given; names: of each pair, subset and file.
+    Args: tensors chosen, rejected, loss, prompt: [P]; right: [P, 10] from `right_by_tenth`; tokens: [P, 2], of the
+    chosen and rejected answer; weight: [P], for the weighted mean of the loss; names: each pair's subset and file.
     """
     correct, both = (chosen > rejected).double(), torch.cat([chosen, rejected])
     longer = tokens[:, 0] - tokens[:, 1]
@@ -162,7 +162,7 @@ def measure(chosen, rejected, loss, right, *, prompt, tokens, weight, names: lis
         "by_length": [
             {"low": int(longer[i].min()), "high": int(longer[i].max()), "pairs": len(i), "accuracy": correct[i].mean().item()}
             for bucket in like(longer, 5)
-            for sign in (-1, 0, 1)  # the longer answer and the shorter one never share a bucket
+            for sign in (-1, 0, 1)  # longer and shorter chosen answers never share a bucket
             if len(i := bucket[longer[bucket].sign() == sign])
         ],
         "accuracy_by_position": right.mean(dim=0).tolist(),

@@ -1,4 +1,4 @@
-"""--profile: where the time of a step goes."""
+"""--profile: where a step spends its time."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +14,9 @@ PROFILED = ("matrix products", "attention", "other operations", "communication",
 
 
 def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) -> Callable[[], None]:
-    """A function to call after every step. From the third on it profiles `steps` of the `coming` ones; 0: none.
+    """Return a function to call after every step. From the third on, it profiles `steps` of the `coming` steps; 0: none.
 
-    Then every process writes its Chrome trace to `output`, and the first one prints where the time went.
+    Then every process writes its Chrome trace to `output`, and rank 0 prints where the time went.
     """
     rank = dist.get_rank()
     if not steps or coming < steps + 2:
@@ -41,14 +41,14 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
 
 
 def time_shares(events) -> Counter[str]:
-    """Microseconds by kind, and of the whole: on the GPU where there is one, else on this process's CPU thread."""
+    """Microseconds by kind and in total, on the GPU if there is one, else on this process's CPU thread."""
     times: Counter[str] = Counter()
     cuda, end = torch.cuda.is_available(), 0.0
     for event in sorted(events, key=lambda event: event.time_range.start):
         name, span = event.name, event.time_range
         if name.startswith("ProfilerStep"):
             times["whole"] += 0 if event.device_type == torch.autograd.DeviceType.CUDA else span.elapsed_us()
-        elif name.startswith(("ncclDevKernel", "ncclKernel") if cuda else "gloo:"):  # several at a time count once
+        elif name.startswith(("ncclDevKernel", "ncclKernel") if cuda else "gloo:"):  # count overlapping ones once
             times["communication"] += max(0.0, span.end - max(span.start, end))
             end = max(end, span.end)
         elif name.startswith("aten::"):
@@ -59,7 +59,7 @@ def time_shares(events) -> Counter[str]:
 
 
 def profile_table(everyone: list[Counter[str]], steps: int) -> str:
-    """By process. Waiting is what a process spends in collectives beyond the one that spends the least."""
+    """Format times by process. Waiting is a process's time in collectives beyond that of the one with the least."""
     least = min(times["communication"] for times in everyone)
     lines = [f"{'process':<9}{'ms a step':>10}" + "".join(f"{name:>18}" for name in PROFILED)]
     for rank, times in enumerate(everyone):

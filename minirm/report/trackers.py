@@ -10,17 +10,17 @@ from minirm.errors import InputError, one_line
 
 
 def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -> Callable[[dict], None]:
-    """Opens what --report_to names. What is returned sends the numbers of a row of metrics.jsonl there.
+    """Open the trackers of --report_to. Returns a function that sends them the numbers of a metrics.jsonl row.
 
-    They are called what transformers' Trainer calls them, `train/loss`, `eval/accuracy`. A run that goes on after `start`
-    steps does so in the same TensorBoard folder, where whatever came later is hidden, and in the same Weights & Biases
-    run, where whatever came later is there twice. Raises InputError if Weights & Biases refuses (no key, no network).
+    Metrics are named as by transformers' Trainer: `train/loss`, `eval/accuracy`. A run resumed after `start` steps
+    continues in the same TensorBoard folder, which hides the rows that came after, and in the same Weights & Biases run,
+    which shows them twice. Raises InputError if Weights & Biases refuses (no key, no network).
     """
     writer = run = None
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter
 
-        # The evaluation of step `start` came before its checkpoint, that of step 0 comes (again) now.
+        # The evaluation of step `start` preceded its checkpoint; that of step 0 is about to run (again).
         writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
         writer.add_text("args", json.dumps(arguments, indent=1), start)
     if "wandb" in names:
