@@ -1,4 +1,4 @@
-"""Loading and refusing models: `python -m pytest tests/test_model.py`. Tiny random models, no network, half a minute."""
+"""Loading and refusing models: `python -m pytest tests/test_model.py`. Tiny random models, no network, 30 seconds."""
 
 import argparse
 import json

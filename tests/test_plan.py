@@ -81,7 +81,7 @@ def test_steps_worked_out_one_by_one_are_those_worked_out_all_at_once(count, shu
 
 
 def test_a_step_by_hand():
-    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt forward, then in reverse; pairs 6+3+5+1 = 15 and 4+2 = 6."""
+    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt forward, then back; pairs 6+3+5+1 = 15 and 4+2 = 6."""
     plan = make_plan(
         [30, 10, 50, 20, 40, 60], [1, 2, 3, 4, 5, 6], world_size=2, batch_size=1, accumulation=2, shuffle=False
     )
@@ -190,7 +190,7 @@ def test_rows_of_like_length_come_together_on_all_ranks():
 
 
 def test_no_rank_waits_long_for_another_within_a_step():
-    """Realistic lengths, 8 ranks, 4 micro-steps: the maximum over ranks of their work over its mean, averaged over steps.
+    """Realistic lengths, 8 ranks, 4 micro-steps: the largest work of a rank over the mean, averaged over steps.
 
     If all micro-steps were dealt in the same order, rank 0 would get the longest of all four: 1.0135 here.
     """

@@ -13,7 +13,7 @@ STEPS, BATCH, RATE = 20, 4, 1e-3
 
 
 def test_trl_and_minirm_have_the_same_losses_step_for_step(tmp_path):
-    """Weights, head, pairs and order are the same, in fp32: if other runs differ, the training step is not the cause."""
+    """Weights, head, pairs and order are the same, in fp32: if other runs differ, the step is not the cause."""
     trl = pytest.importorskip("trl")
     import datasets
 
