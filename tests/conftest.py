@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and data that the tests share. Nothing is fetched from anywhere."""
+"""Tiny models, tokenizers and data that the tests share. Nothing is downloaded."""
 
 import json
 import os
@@ -48,7 +48,7 @@ CONFIGS = {
 
 
 def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400):
-    """A byte-level BPE of a few hundred tokens: every text can be written with it."""
+    """A byte-level BPE of a few hundred tokens, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400
 
 
 def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
-    """A random causal language model with its tokenizer, as a user would have it in a folder."""
+    """A random causal language model with its tokenizer in a folder, as a user would have it."""
     tokenizer = make_tokenizer()
     config = CONFIGS[family](len(tokenizer))
     config.update({"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None, **changes})
@@ -92,7 +92,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def refusal(call, *arguments, **options) -> str:
-    """The message of the InputError that a call raises: one line."""
+    """The one-line message of the InputError that a call raises."""
     with pytest.raises(InputError) as caught:
         list(call(*arguments, **options))
     message = str(caught.value)
@@ -118,7 +118,7 @@ def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int 
 
 @contextmanager
 def mounted(folder: Path, options: str):
-    """A file system of its own in memory: options "size=100k" or "ro". Skips the test where it cannot be mounted."""
+    """Mount an in-memory file system with options "size=100k" or "ro". Skips the test if mounting fails."""
     folder.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
         pytest.skip("needs root, to mount a file system of its own")
@@ -143,7 +143,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Runs within a test draw no curves.png, which would take longer than the run; test_plot.py is about that."""
+    """Prevent runs within a test from drawing curves.png, which takes longer than the run; test_plot.py tests it."""
     with pytest.MonkeyPatch.context() as patch:
         if item.path.name != "test_plot.py":
             patch.setitem(sys.modules, "matplotlib", None)
@@ -160,7 +160,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """model_folder("llama") -> a folder with that tiny model; made once a session."""
+    """model_folder("llama") -> a folder with that tiny model; made once per session."""
     made = {}
 
     def get(family: str, **changes) -> Path:
@@ -174,7 +174,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Runs of train.py in processes that start in milliseconds and can be killed: see processes.py."""
+    """Run train.py in processes that start in milliseconds and can be killed: see processes.py."""
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()

@@ -1,8 +1,8 @@
-"""Runs of train.py in processes that can be killed, stopped and counted, each ready in milliseconds.
+"""Run train.py in processes that can be killed, stopped and counted, and that start in milliseconds.
 
-Importing torch and transformers takes longer than a tiny training run. So one server process imports them once, and
-forks itself into the processes of every run, which then go the way of `torchrun train.py`: by RANK, WORLD_SIZE and so
-on in the environment. Without torchrun's agent nobody tidies up after them: what ends them is minirm alone.
+Importing torch and transformers takes longer than a tiny training run. So one server process imports them once and
+forks into the processes of every run, which behave as under `torchrun train.py`, with RANK, WORLD_SIZE and so on in
+the environment. There is no torchrun agent to clean up after them, so only minirm itself can end them.
 """
 
 import gc
@@ -53,7 +53,7 @@ class Server:
         return Run(self, pids, log)
 
     def run(self, *flags, timeout: float = 120, **options) -> "Run":
-        """Started, and waited for."""
+        """Start a run and wait for it."""
         run = self.start(*flags, **options)
         run.wait(timeout)
         return run
@@ -72,7 +72,7 @@ class Run:
             os.kill(self.pids[rank], number)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes by rank; -9 is killed. Whoever still runs after `timeout` seconds is killed, with an error."""
+        """Exit codes by rank; -9 means killed. Processes still running after `timeout` seconds are killed: an error."""
         if self.codes is None:
             end, self.codes = time.monotonic() + timeout, []
             for pid in self.pids:
@@ -88,7 +88,7 @@ class Run:
         return self.log.read_text(errors="replace").replace("\r", "\n") if self.log.exists() else ""
 
     def until(self, condition, timeout: float = 60) -> bool:
-        """Waits for condition() to come true; False if the run ends before."""
+        """Wait until condition() is true; returns False if the run ends first."""
         end = time.monotonic() + timeout
         while not condition():
             if any(self.server.ask(ended=pid) for pid in self.pids):

@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_attention.py
 
-Needs torch and transformers, no GPU, no network; half a minute on one core. The reference is the slow way: every
-completion behind its own copy of the prefix, as a sequence [1, n] without padding or mask, in the unmodified model.
+Needs torch and transformers, no GPU, no network; half a minute on one core. The slow reference computes every
+completion after its own copy of the prefix, as a sequence [1, n] without padding or mask, in the unmodified model.
 """
 
 import copy
@@ -70,7 +70,7 @@ ROWS = [(7, [6, 9]), (5, [3, 1, 4, 8, 2]), (0, [8, 6]), (6, [4, 9])]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Models this small only wait for each other's threads: four times as long on a busy machine."""
+    """Use one thread: with models this small, threads mostly wait, four times as long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -115,7 +115,7 @@ def shared_states(model, ids, segments, positions, visible=None):
 
 
 def gradients(model, states):
-    """Of one random linear function of the states (always the same one), by parameter."""
+    """Gradients by parameter of a random linear function of the states (always the same one)."""
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad((states * weights).sum(), parameters, allow_unused=True)
@@ -152,7 +152,7 @@ def test_shared_rows_equal_one_sequence_per_completion(family, eager):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_invisible_tokens_have_states_but_are_no_keys(family):
-    """The last three tokens of some completions are invisible: as pads that have rewards in one published loss."""
+    """The last three tokens of some completions are invisible, like the pads with rewards in the published loss."""
     model = make(family)
     ids, segments, positions, texts = batch()
     visible = segments >= 0
@@ -243,7 +243,7 @@ def test_padded_rows_of_one_completion_equal_single_sequences(family):
 
 
 def test_all_layers_share_one_mask_in_memory():
-    """Kept for backward: of a bool mask, or one of another dtype under autocast, SDPA keeps a copy per layer."""
+    """SDPA would keep a copy per layer of a bool mask, or of one with another dtype under autocast, for backward."""
     model, kept = make("llama"), set()
     ids, segments, positions, _ = batch()
 
@@ -307,7 +307,7 @@ def test_ropes_that_change_with_length_are_exact_up_to_there():
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo", "llama", "mistral, window", "qwen2, windows", "gemma2"])
 def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
-    """Each of these breaks the mask a little, the last two only where there are windows."""
+    """Each of these breaks the mask slightly; the last two only in models with windows."""
     right = attention._additive
     kind, values = FAMILIES[family]
     config = CONFIG_MAPPING[kind](**values)
@@ -330,7 +330,7 @@ def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
 
 
 def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
-    """Gemma 2 cut down to its first two layers of one kind would be a model without full attention."""
+    """Gemma 2 reduced to two layers of one kind would have no full attention."""
     shrunk = probe.shrunk
 
     def careless(config, max_length):
@@ -378,7 +378,7 @@ def test_sdpa_equals_the_original_attention(family, kind):
 def test_gptj_in_fp16_survives_scores_beyond_65504():
     """Queries and keys of 40 x a unit-variance vector of 256: q.k is about 400,000 before scaling.
 
-    Eager attention that turns q and k to fp32 against this is of no use, since autocast turns them back to fp16.
+    Eager attention casts q and k to fp32 against this in vain, because autocast casts them back to fp16.
     """
     config = CONFIG_MAPPING["gptj"](vocab_size=64, n_embd=256, n_head=1, n_layer=1, rotary_dim=32, n_positions=32)
     torch.manual_seed(0)

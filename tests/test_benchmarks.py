@@ -79,7 +79,7 @@ def test_reward_bench_weighs_its_subsets_and_needs_all_of_them():
 
 
 def test_score_adds_the_benchmarks_scores_to_its_figures(model_folder, tmp_path, capsys):
-    """Compared with scores from the file that --output writes."""
+    """The expected values are computed from the scores in the file that --output writes."""
     config, tokenizer = load_config(str(model_folder("gpt2")))
     empty_model(config)
     weights = load_weights(str(model_folder("gpt2")), config, 0, published=True)

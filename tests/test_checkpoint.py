@@ -1,8 +1,8 @@
-"""What a checkpoint holds, that it is whole or not taken, and that a run goes on as if nothing had been.
+"""A checkpoint's content, the rejection of damaged ones, and exact resumption.
 
     pytest tests/test_checkpoint.py        about a minute on two cores; no network
 
-Killing at random is tests/test_faults.py.
+Random kills are in tests/test_faults.py.
 """
 
 import json
@@ -55,7 +55,7 @@ def contents(output):
 
 
 def unfinished(finished, output, steps):
-    """A copy of a finished run as it was after so many steps, when it was killed."""
+    """A copy of a finished run, in the state of one that was killed after this many steps."""
     shutil.copytree(finished, output)
     for step, path in checkpoints(output).items():
         if step > steps:
@@ -126,7 +126,7 @@ def test_another_recipe_data_or_model_is_refused_with_all_differences(server, in
 
 
 def test_processes_that_were_given_different_things_are_refused_with_all_differences(server, inputs, tmp_path):
-    """As on two machines, one of which has older files or was started by another command."""
+    """This happens on two machines if one has older files or was started with another command."""
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
     patch = f"""
 parse = train.parse_args
@@ -158,7 +158,7 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, inputs
 
 
 def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, inputs, tmp_path):
-    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. In fp32 to 1e-5, sums being in another order."""
+    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. In fp32 to 1e-5: the order of sums differs."""
     flags = [*inputs, "--gradient_accumulation_steps", 6]
     assert server.run(*flags, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
     for world, steps, micro_steps in ((2, 2, 6), (3, 4, 4), (1, 6, 12), (2, 8, 6)):
@@ -218,7 +218,7 @@ def test_what_cannot_be_resumed_from_is_refused(server, inputs, finished, choice
 def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_there_again(
     server, inputs, finished, tmp_path
 ):
-    """Before its first checkpoint; rows of metrics.jsonl from before that do not stay."""
+    """It was killed before its first own checkpoint; earlier rows of metrics.jsonl are removed."""
     flags = [*inputs, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
     kill = "import os; train.checkpoint.save = lambda *_: os.kill(os.getpid(), 9)"
     assert server.run(*flags, patch=kill).codes == [-9] and rows(tmp_path / "new")
@@ -232,8 +232,8 @@ def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_ther
 
 @pytest.fixture(scope="module")
 def worsening(inputs, folder):
-    """Flags of a run of 8 steps whose held-out pairs are those it is trained on, turned around: what it learns makes
-    them worse, so that of the evaluations at 2, 4, 6 and 8 the first has the lowest loss."""
+    """Flags of a run of 8 steps whose held-out pairs are its training pairs with the sides swapped. Training makes the
+    held-out loss worse, so among the evaluations at 2, 4, 6 and 8 the first has the lowest loss."""
     pairs = make_comparisons(24)
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     data = ["--train_data", write_jsonl(folder / "straight.jsonl", pairs)]
@@ -249,7 +249,7 @@ def worse(server, worsening, folder):
 
 
 def weights(folder, part=""):
-    """{name in RewardModel: bytes} of a trained model, or of a checkpoint's "model." or "best."; shards are put together."""
+    """{name in RewardModel: bytes} of a trained model, or of a checkpoint's "model." or "best.", with shards merged."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -264,7 +264,7 @@ def losses(output):
 
 
 def test_the_exported_model_is_that_of_the_lowest_loss(server, worsening, worse, tmp_path):
-    """Checked against a run that ends there; and with --keep last against the checkpoint of the end."""
+    """It is compared with a run that ends there and, for --keep last, with the last checkpoint."""
     assert min(losses(worse), key=losses(worse).get) == 2
     run = server.run(*worsening, "--max_steps", 2, "--output_dir", tmp_path / "two", world=2)
     assert "loss was lowest" not in run.text()
@@ -306,7 +306,7 @@ def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worse
 
 
 def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, inputs, tmp_path):
-    """A learning rate so high that the loss rises and falls; it is lowest neither at the first step nor at the last."""
+    """At this high learning rate the loss rises and falls; it is lowest neither at the first nor at the last step."""
     flags = [*inputs, "--learning_rate", 3e-2, "--warmup_steps", 0, "--eval_steps", 1]
     assert server.run(*flags, "--output_dir", tmp_path / "run").codes == [0]
     loss = losses(tmp_path / "run")
@@ -326,7 +326,7 @@ def test_the_best_comes_through_other_numbers_of_processes_to_the_bit(server, wo
 
 @pytest.mark.parametrize("step", [2, 8])
 def test_a_run_stopped_before_the_evaluation_of_its_step_makes_it_up(server, worsening, worse, tmp_path, step):
-    """A signal saves the step, and ends the run before it is evaluated: at the best step, and at the last."""
+    """A signal saves the step and ends the run before the evaluation, once at the best step and once at the last."""
     signals = f"""
 import os
 agree, calls = train.run.agree, []
@@ -365,7 +365,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(serv
 
 
 def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_checkpoint(server, inputs, tmp_path):
-    """A checkpoint takes 0.31 MB here, so that two fit beside the rest, but not three."""
+    """A checkpoint takes 0.31 MB here, so two fit beside the rest, but not three."""
     with mounted(tmp_path / "small", "size=800k") as place:
         output = place / "run"
         run = server.run(*inputs, "--output_dir", output, "--keep", "last", "--save_total_limit", 3, world=2)
@@ -421,7 +421,7 @@ def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path)
 
 
 def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
-    """With right digests, but other contents: nothing of it may end in a traceback."""
+    """The digests are right but the contents are not; none of this may end in a traceback."""
     from minirm.files import file_digest
 
     for number, change in enumerate(
@@ -449,7 +449,7 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
 
 
 def test_no_pickle_is_written_or_read(server, inputs, finished, tmp_path):
-    """Whatever unpickles a file is forbidden, then a run goes on from a checkpoint."""
+    """Unpickling is forbidden, then a run resumes from a checkpoint."""
     output = unfinished(finished, tmp_path / "run", 4)
     run = server.run(
         *inputs,
@@ -467,7 +467,7 @@ pickle.load = pickle.loads = torch.load = torch.save = torch.serialization.load 
 
 
 def test_a_checkpoint_takes_twelve_bytes_for_each_trained_parameter(server, inputs, tmp_path):
-    """GPT-J's 28 layers, of which 8 are trained: fp32 parameter and Adam's two moments, within 5 %.
+    """GPT-J's 28 layers, 8 of them trained: an fp32 parameter and Adam's two moments, within 5 %.
 
     With width h a layer has 4 h^2 + 8 h^2 + 5 h + h + h = 12 h^2 + 7 h parameters, the final norm 2 h, the head h.
     """

@@ -1,6 +1,6 @@
 """From examples to groups of token ids: `python -m pytest tests/test_data.py`. No network; two tests start processes.
 
-Where tokens are counted, the tokenizer knows no merges: one token a character, and one for EOS (and for BOS).
+Tests that count tokens use a tokenizer without merges: one token per character, and one for EOS (and for BOS).
 """
 
 import os
@@ -35,7 +35,7 @@ def characters():
 
 
 def with_template(template, eos="</s>", bos="<s>", more=None):
-    """A tokenizer without merges that adds BOS or EOS by itself: template "<s> $A </s>"."""
+    """A tokenizer without merges that itself adds BOS or EOS: template "<s> $A </s>"."""
     tokenizer = make_tokenizer(eos=eos, bos=None if bos == eos else bos, pad=more, texts=["x"])
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {eos, bos, more} - {None}}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
@@ -130,7 +130,7 @@ def test_a_file_to_be_measured_on_is_taken_whole_but_for_ties(tmp_path):
 
 
 def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
-    """NINE and "abc..." of over 60 characters at --max_length 40: one is too long by itself, one loses its prompt."""
+    """With --max_length 40, one answer of over 60 characters is too long by itself, and one prompt is truncated."""
     rows = [
         *FILTERED,
         {"prompt": "q", "chosen": NINE, "rejected": "x y z v " + "w" * 60},
@@ -202,7 +202,7 @@ def test_the_separator_stands_between_unless_whitespace_does(prompt, answer, tex
 
 @pytest.mark.parametrize("separator", ["\n", "", " ", "\n\nAssistant: "])
 def test_ids_are_those_of_the_whole_text_and_eos(separator):
-    """Real merges, across the border between prompt and answer too: nothing is tokenised in pieces."""
+    """Real merges also cross the border between prompt and answer: nothing is tokenised in pieces."""
     tokenizer = make_tokenizer()
     rows = make_comparisons(40, per_prompt=2) + [{"prompt": "the go", "chosen": "od the bad", "rejected": "od answer"}]
     rows = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
@@ -242,7 +242,7 @@ def test_bos_once_and_eos_once(name, end):
 
 @pytest.mark.parametrize("name", ["bos", "both", "nothing"])
 def test_a_bos_that_the_text_brings_along_is_not_doubled(name):
-    """As chat templates do."""
+    """Chat templates write BOS into the text."""
     tokenizer = with_template(*TEMPLATES[name])
     a, bos, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "<s>", "</s>"))
     assert encode(tokenizer, ["<s>a"]) == [[bos, a, eos]]
@@ -257,7 +257,7 @@ def test_an_eos_inside_of_a_text_stays():
 
 
 def test_what_a_tokenizer_was_saved_with_does_not_cut_or_pad(characters):
-    """Many tokenizer.json files carry the truncation and padding of the run that made them."""
+    """Many tokenizer.json files store the truncation and padding of the run that made them."""
     tokenizer = make_tokenizer(texts=["x"])
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
@@ -277,7 +277,7 @@ def test_the_common_prefix(rows, shared):
 
 
 def test_comparisons_of_a_prompt_form_a_group_whose_completions_are_kept_once(characters):
-    """Three comparisons around one reference answer: one prefix, four completions, the reference among them once."""
+    """Three comparisons with one reference answer give one prefix and four completions, with the reference once."""
     rows = [("p", "good x", "bad y"), ("q", "o", "n"), ("p", "good x", "worse"), ("p", "best", "good x")]
     groups, counts = tokenised(characters, rows)
     assert [texts_of(group, characters) for group in groups] == [
@@ -366,7 +366,7 @@ def test_all_of_the_prompt_may_go_but_neither_bos_nor_separator_answer_or_eos(te
 
 
 def test_whatever_a_tokenizer_puts_before_every_text_stays():
-    """GLM has two tokens there, neither of which is its BOS; a chat template may bring BOS along in the prompt."""
+    """GLM has two tokens there, neither of them its BOS; a chat template may put BOS into the prompt."""
     tokenizer = with_template("<s> </s> $A", eos="<e>", bos="<s>", more="</s>")
     tokenizer.bos_token = None
     (group,), _ = tokenised(tokenizer, [("0123456789", "aaaa", "bb")], max_length=12)
@@ -414,7 +414,7 @@ def test_an_answer_too_long_by_itself_is_cut_before_its_eos_where_it_is_measured
 
 
 def test_a_cut_ends_where_the_tokens_stop_being_those_of_the_prompt():
-    """Real merges: the last token of the prompt, alone, may become one with the answer, and is the answer's then."""
+    """With real merges, the prompt's last token may merge with the answer; it then belongs to the answer."""
     tokenizer = make_tokenizer()
     whole = tokenizer("the good")["input_ids"]
     assert whole != tokenizer("the go")["input_ids"] + tokenizer("od")["input_ids"]
@@ -562,7 +562,7 @@ LONG = [*TALK, {"role": "user", "content": "and\nthen? "}, {"role": "assistant",
 
 
 def chat_tokenizer(name, template="<s> $A"):
-    """A tokenizer without merges that adds BOS by itself, with one of the templates above."""
+    """A tokenizer without merges that itself adds BOS, with one of the templates above."""
     tokenizer = with_template(template)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.chat_template = CHATS[name].template
@@ -608,7 +608,7 @@ def test_a_template_that_already_ends_where_it_should_is_left_alone():
 
 @pytest.mark.parametrize("name", CHATS)
 def test_an_over_long_conversation_loses_its_left_end_but_neither_bos_nor_anything_of_the_answer(name, tmp_path):
-    """By one token and up to all of the question "hello": what is left is the end of the whole, behind BOS."""
+    """From one token up to the whole question "hello" is cut; what remains is BOS and the end of the text."""
     chat, tokenizer = CHATS[name], chat_tokenizer(name)
     set_chat_template(tokenizer)
     ask = [{"role": "user", "content": "hello"}]
@@ -680,7 +680,7 @@ SORTS = {
 @pytest.mark.parametrize("kind", ["strings", "ChatML", "Llama 3", "Llama 2", "no end of a turn"])
 @pytest.mark.parametrize("sort", SORTS)
 def test_the_scored_token_is_the_end_of_the_answer_whatever_the_tokenizer_and_the_length(sort, kind, tmp_path):
-    """Short, of exactly the longest length, and cut; with EOS in the prompt and the answer. By id, in the batch itself."""
+    """Texts are short, exactly --max_length long, or cut, with EOS in prompt and answer. Checked by id in the batch."""
     template, eos, bos, pad, side = SORTS[sort]
     tokenizer = make_tokenizer(eos=eos, bos=None if bos == eos else bos, pad=None if pad == eos else pad, texts=["x"])
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -785,7 +785,7 @@ def several(tmp_path):
 
 
 def test_each_comparison_of_several_files_carries_the_number_of_its_own(characters, tmp_path):
-    """A prompt of two files is one group, and an answer that both have is kept once."""
+    """A prompt in two files forms one group, and an answer in both is kept once."""
     a, b, c = several(tmp_path)
     data = prepare(characters, [a, b], [c, a], separator="|", cache_dir=tmp_path)
     assert [group["source"] for group in data.train] == [[0, 1], [0], [1]]
@@ -832,7 +832,7 @@ def test_the_order_of_files_is_part_of_what_was_prepared(characters, tmp_path):
 
 @pytest.fixture
 def counting(monkeypatch):
-    """A list that grows by one with every part that is tokenised."""
+    """A list that grows by one for every part that is tokenised."""
     calls = []
     original = minirm.data.prepare.tokenise
 
@@ -914,7 +914,7 @@ def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_p
 
 
 def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, tmp_path):
-    """A killed process cleans nothing up; another may get its process id, in a container nearly always."""
+    """A killed process cleans up nothing, and another may get its process id, in a container nearly always."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
 import os, signal, minirm.data.prepare, minirm.data.tokens
@@ -948,7 +948,7 @@ def test_what_a_living_process_is_making_is_not_swept(tmp_path):
 
 
 def test_two_processes_at_once_end_with_the_same(tmp_path):
-    """The slower one finds the folder there when it wants to put its own in that place."""
+    """The slower process finds the folder in place when it tries to rename its own."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
 import os, sys, time, minirm.data.prepare

@@ -1,7 +1,7 @@
-"""The embedded demo: its comparisons, its tokenizer and its model.
+"""The built-in demo: its comparisons, its tokenizer and its model.
 
-Run: python -m pytest tests/test_demo.py. Needs: torch, transformers, and a Python with the .py sources of its standard
-library; no network, no GPU. The warm-up of the model is cut to 2 steps; how accurate the demo becomes is not tested here.
+Run: python -m pytest tests/test_demo.py. Needs torch, transformers, and a Python with the .py sources of its standard
+library; no network, no GPU. The model's warm-up is cut to 2 steps; the demo's accuracy is not tested here.
 """
 
 import functools
@@ -26,7 +26,7 @@ from minirm.data.demo import (
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """Reading the standard library and warming up take longer than all else here: one is done once, the other cut."""
+    """Read the standard library once and shorten the warm-up, which take longer than everything else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minirm.data.demo, "read_docstrings", functools.cache(read_docstrings))
         patch.setattr(minirm.data.demo, "WARM_UP_STEPS", 2)
@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_comparisons_and_another_seed_another_split
 
 
 def test_prompts_are_signatures_with_the_rest_of_the_docstring(tmp_path):
-    """Four docstrings are of use; the others have too few words, no capital, or a prompt that was there before."""
+    """Four docstrings are usable; the others have too few words, no capital, or a repeated prompt."""
     (tmp_path / "shop.py").write_text(
         "class Till(Box):\n"
         "    '''Counts the money of one day, e.g. in the evening. Not thread safe at all.'''\n"
@@ -177,7 +177,7 @@ def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(d
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, comparisons):
-    """Where demos of a few comparisons are built."""
+    """A cache folder in which demos of a few comparisons are built."""
     monkeypatch.setattr(minirm.data.demo, "make_comparisons", lambda seed: tuple(part[:300] for part in comparisons))
     monkeypatch.setenv("MINIRM_CACHE", str(tmp_path))
     return tmp_path

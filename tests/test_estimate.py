@@ -1,8 +1,8 @@
-"""train.py --plan: counted by hand for GPT-J-6B, measured on small models, for every kind of decoder.
+"""train.py --plan: counted by hand for GPT-J-6B, and measured on small models for every kind of decoder.
 
-Run: pytest tests/test_estimate.py. Needs no network and no GPU. Literals are derived here, for GPT-J-6B's configuration
-(28 layers of width 4096, an MLP of 16384, 50400 embeddings), fp16, the recipe: 8 of 28 layers trained, 4 micro-steps of
-one row of 2 x 550 = 1100 tokens.
+Run: pytest tests/test_estimate.py. Needs no network and no GPU. Literals are derived for GPT-J-6B's configuration (28
+layers of width 4096, an MLP of 16384, 50400 embeddings), fp16, and the recipe: 8 of 28 layers trained, 4 micro-steps
+of one row of 2 x 550 = 1100 tokens.
 
     a layer      q, k, v, out 4 x 4096^2; MLP 2 x 4096 x 16384, biases 16384 + 4096; norm 2 x 4096       201,355,264
     trained      8 layers, the last norm 2 x 4096, the head 4096                                       1,610,854,400
@@ -112,7 +112,7 @@ def test_flags_move_what_they_should():
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype, layout", [(torch.float32, "separate"), (torch.float16, "shared")])
 def test_operations_are_those_of_the_matrices_and_attention_in_every_family(family, dtype, layout):
-    """4 layers, width 32, heads as wide: 2 a token and number of a matrix, 4 L^2 x 32 in attention, and the head."""
+    """4 layers, width 32, heads as wide: 2 FLOP per token and matrix element, 4 L^2 x 32 in attention, and the head."""
     config = CONFIGS[family](400)
     config.update({"pad_token_id": None})
     found = planned(config, "--max_length", 64, "--gradient_accumulation_steps", 1, dtype=dtype, layout=layout)
@@ -129,7 +129,7 @@ def test_operations_are_those_of_the_matrices_and_attention_in_every_family(fami
 
 @pytest.mark.parametrize("family, micro_steps, checkpointing", [("gptj", 1, False), ("gpt2", 2, True)])
 def test_memory_is_what_a_process_takes(family, micro_steps, checkpointing):
-    """Measured in a process of its own. tests/bench/memory.py has more cases, among them processes that share a copy."""
+    """Measured in a separate process. tests/bench/memory.py has more cases, including processes that share a copy."""
     case = {"family": family, "accumulation": micro_steps, "checkpointing": checkpointing}
     case |= {"width": 256, "layers": 4, "batch": 2, "max_length": 300, "world_size": 1}
     plan, found = memory.expected(case), memory.measure(case)

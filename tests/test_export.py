@@ -1,7 +1,7 @@
-"""The trained model under those who use it: `python -m pytest tests/test_export.py`. Tiny models, no network.
+"""The exported model in the programs that use it: `python -m pytest tests/test_export.py`. Tiny models, no network.
 
-Ten families go through the real command. What the trainer itself computed for the held-out answers in its last evaluation
-is written down by a patch of train.py's process, and is what everybody else has to get from the folder.
+Ten families go through the real command. A patch of train.py's process records the rewards of the held-out answers in
+the last evaluation; every program that loads the folder has to reproduce them.
 """
 
 import itertools
@@ -88,7 +88,7 @@ def trained(server, model_folder, data, tmp_path_factory):
 
 @pytest.fixture
 def load_elsewhere(caplog, capfd):
-    """load_elsewhere(folder) -> (what plain transformers makes of it, its loading info, all that it said meanwhile)."""
+    """load_elsewhere(folder) -> (model loaded by plain transformers, its loading info, everything it printed)."""
 
     def get(folder):
         transformers.utils.logging.set_verbosity_info()
@@ -109,7 +109,7 @@ def load_elsewhere(caplog, capfd):
 
 
 def test_a_plain_language_model_loaded_elsewhere_does_warn(load_elsewhere, model_folder):
-    """So that the silence below means something."""
+    """This gives the silence below its meaning."""
     _, info, said = load_elsewhere(model_folder("gptj"))
     assert "newly initialized" in said and info["missing_keys"] == {"score.weight"}
 
@@ -220,7 +220,7 @@ def test_a_text_that_is_cut_keeps_its_eos(trained):
 
 @pytest.mark.parametrize("eos", [7, [7, 8]])
 def test_the_pad_token_is_not_eos_where_the_config_names_another_eos_than_the_tokenizer(tmp_path, eos):
-    """As instruction-tuned models do: the tokenizer's EOS ends a turn, the config's is that of the base model, or both."""
+    """In instruction-tuned models the tokenizer's EOS ends a turn; the config has the base model's EOS, or both."""
     tokenizer = make_tokenizer(pad="<pad>")
     eos = [tokenizer.pad_token_id if i == 7 else i for i in eos] if isinstance(eos, list) else tokenizer.pad_token_id
     make_model(tmp_path / "in", "qwen2", eos_token_id=eos)
@@ -307,7 +307,7 @@ CALLS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
 
 def killed_before(monkeypatch, number):
-    """From the `number`-th call on that changes a folder or waits for the disk, no such call succeeds, until undone."""
+    """Make every call that changes a folder or waits for the disk fail from the `number`-th on, until undone."""
     count = 0
 
     def guarded(name):
@@ -328,7 +328,7 @@ def killed_before(monkeypatch, number):
 
 @pytest.fixture(scope="module")
 def versions(model_folder):
-    """What two exports of a run are made of: {mean in the config: (weights, config, tokenizer, rewards of IDS)}."""
+    """Contents of two exports of a run: {mean in the config: (weights, config, tokenizer, rewards of IDS)}."""
     made = {}
     for mean in (1.0, 2.0):
         model, config, tokenizer = load(model_folder("llama"), seed=int(mean))
@@ -349,7 +349,7 @@ def write(output, versions, mean, size):
 
 
 def loaded(output, versions):
-    """Which version the folder loads as, config and weights; None if it does not load at all."""
+    """The version that the folder's config and weights load as; None if it does not load."""
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
     except ValueError as error:
@@ -376,7 +376,7 @@ def test_a_large_model_is_exported_in_shards_with_an_index(versions, tmp_path):
 def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_none_that_loads(
     versions, tmp_path, before, after
 ):
-    """Every place between two calls that change the folder is tried; then the export is made once more."""
+    """Kill between any two calls that change the folder, then export again."""
     write(tmp_path / "before", versions, 1.0, before)
     (tmp_path / "before" / "metrics.jsonl").write_text("{}\n")
     assert loaded(tmp_path / "before", versions) == 1.0
@@ -408,7 +408,7 @@ def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_
 
 @pytest.fixture(scope="module")
 def runs(server, model_folder, data, tmp_path_factory):
-    """The flags of a run without its length, and its folders after 2 steps and after 4, with checkpoints."""
+    """The flags of a run without its length, and its folders after 2 and 4 steps, with checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--model", model_folder("gptj"), *data, "--learning_rate", 1e-2, "--save_steps", 2, "--keep", "last"]
     for steps in (2, 4):

@@ -1,7 +1,7 @@
-"""What `--model` may be: families that transformers has no class for, checkpoints that also see, adapters, GGUF files.
+"""What `--model` accepts: families without a class in transformers, multimodal checkpoints, adapters, GGUF files.
 
-Run: pytest tests/test_families.py. Tiny random models, no network; two training steps each, in one process. All families
-that transformers knows are gone through by tests/bench/families.py.
+Run: pytest tests/test_families.py. Tiny random models, no network; two training steps each, in one process.
+tests/bench/families.py covers all families in transformers.
 """
 
 import importlib
@@ -78,7 +78,7 @@ def test_a_family_with_a_class_brings_no_code_and_loses_that_of_its_base(model_f
 
 
 def decoders():
-    """(configuration, causal class) of all decoders of transformers whose configuration has defaults."""
+    """(configuration, causal class) of all transformers decoders whose configuration has defaults."""
     for kind, lm in auto.MODEL_FOR_CAUSAL_LM_MAPPING.items():
         try:
             config = kind()
@@ -106,7 +106,7 @@ def test_the_names_of_all_classes_are_those_that_vllm_resolves():
 
 
 def test_a_table_of_more_than_the_tokens_gets_no_pad_token(tmp_path):
-    """CPM-Ant's prompts stand behind its tokens: one more token would move them."""
+    """CPM-Ant's prompts follow its tokens: one more token would shift them."""
     folder = families.make_family(families.families()["cpmant"], tmp_path)
     config, _ = load_config(str(folder))
     assert "give its tokenizer a pad_token other than EOS" in refusal(load_weights, str(folder), config, 0)
@@ -204,7 +204,7 @@ def test_the_decoder_of_a_multimodal_checkpoint_trains_and_becomes_a_text_model(
 
 @pytest.mark.parametrize("family", ["gemma3", "llava"])
 def test_nothing_of_the_vision_tower_is_read(family, tmp_path):
-    """Rows of the decoder alone are read, one by one or all; what stands beside it may be of any shape."""
+    """Only the decoder's rows are read, one by one or all at once; other tensors may have any shape."""
     folder = make_multimodal(family, tmp_path)
     config, _ = load_config(str(folder))
     whole = load_weights(str(folder), config, 0)
@@ -236,7 +236,7 @@ def test_a_missing_tensor_of_the_decoder_is_named(tmp_path):
 
 
 def test_an_adapter_of_peft_is_merged_into_its_base(tmp_path):
-    """W + alpha / r B A, against a loop over the adapter's own file; what has no adapter stays as it was."""
+    """W + alpha / r B A, against a loop over the adapter's own file; other weights stay unchanged."""
     peft = pytest.importorskip("peft")
     base = make_model(tmp_path / "base", "llama")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -317,7 +317,7 @@ PLACES = {  # in a GGUF file: in transformers' Qwen 2
 
 
 def write_gguf(folder: Path, path: Path) -> Path:
-    """A Qwen 2 in one file, tokenizer included, unquantised, as llama.cpp's converter writes it."""
+    """An unquantised Qwen 2 in one file with its tokenizer, as llama.cpp's converter writes it."""
     gguf = pytest.importorskip("gguf")
     config, state = config_of(folder), load_file(folder / "model.safetensors")
     writer = gguf.GGUFWriter(str(path), "qwen2")

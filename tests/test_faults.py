@@ -1,8 +1,8 @@
-"""A run that is killed, stopped, starved or fed with rubbish: it ends well, and goes on as if nothing had been.
+"""A run that is killed, stopped, out of disk or fed broken data ends cleanly and resumes exactly.
 
     pytest tests/test_faults.py        about 1.5 minutes on two cores; no network
 
-The long forms are tests/bench/crash.py and tests/bench/fuzz.py.
+tests/bench/crash.py and tests/bench/fuzz.py are the long versions.
 """
 
 import json
@@ -44,7 +44,7 @@ def inputs(folder):
 
 @pytest.fixture(scope="module")
 def straight(server, inputs, folder):
-    """Output folder of that run on two processes that nothing disturbs."""
+    """Output folder of that run on two undisturbed processes."""
     assert server.run(*inputs, "--output_dir", folder / "straight", world=2).codes == [0, 0]
     return folder / "straight"
 
@@ -57,14 +57,14 @@ def training(output):
 
 
 def test_six_kills_at_random_moments_change_nothing(server, tmp_path):
-    """fp16 with its loss scaling on two processes; weights, optimizer and all rows of metrics.jsonl equal to the bit."""
+    """fp16 with loss scaling on two processes; weights, optimizer and all rows of metrics.jsonl are bitwise equal."""
     report = crash(tmp_path, kills=6, precision="fp16", seed=2, server=server, steps=9, save_steps=2)
     assert report["differences"] == []
     assert sum(report["kills"].values()) == 6 and report["kills"]["saving, the first time"] >= 1
 
 
 def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(server, inputs, straight, tmp_path):
-    """Each signal once along one run, also between the checkpoints that --save_steps asks for."""
+    """Send each signal once during one run, also between the checkpoints of --save_steps."""
     output = tmp_path / "stopped"
     for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGHUP, [0])):
         run = server.start(*inputs, "--output_dir", output, world=2)
@@ -110,7 +110,7 @@ def held(*arguments, **options):
     [("train.prepare", signal.SIGHUP), ("train.load_weights", signal.SIGINT), ("train.export", signal.SIGTERM)],
 )
 def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server, inputs, tmp_path, name, number):
-    """To both processes, as torchrun sends it. The second one waits for the first inside gloo. Then the run is finished."""
+    """Both processes get it, as from torchrun, while the second waits for the first in gloo. Then the run finishes."""
     flags = [*inputs, "--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "run"]
     stored = "train.stored_weights = lambda *_: None\n"  # so that the first process reads them for all
     patch = stored + HOLD.format(name=name, when=True, sign=str(tmp_path / "sign"), wait="time.sleep(60)")
@@ -127,7 +127,7 @@ def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server
 
 
 def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, inputs, tmp_path):
-    """The main thread waits where no signal wakes it up, as in a collective that another process never enters."""
+    """The main thread waits where no signal wakes it, as in a collective that another process never enters."""
     mutex = "import ctypes\nC, MUTEX = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
     wait = "C.pthread_mutex_lock(MUTEX), C.pthread_mutex_lock(MUTEX)"  # locked twice: nothing ever wakes it up
     patch = mutex + HOLD.format(name="train.prepare", when=True, sign=str(tmp_path / "sign"), wait=wait)
@@ -202,8 +202,8 @@ def torchrun(script, flags, log, **env) -> subprocess.Popen:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "agent"])
 def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, inputs, straight, tmp_path, launcher):
-    """kill -9 of torchrun during training, of its agent during training, evaluation and saving; then the same flags go on,
-    equal to the bit."""
+    """kill -9 of torchrun during training, and of its agent during training, evaluation and saving; then the same flags
+    resume the run, bitwise equal."""
     output, log, pids = tmp_path / "run", tmp_path / "log", tmp_path / "pids"
     pids.mkdir()
     (tmp_path / "patched.py").write_text(PATCHED)
@@ -282,7 +282,7 @@ train.comparison_loss = comparison_loss
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_comparisons(server, inputs, tmp_path):
-    """Planted on process 1 in the third of the four micro-steps of step 6."""
+    """The loss is planted on process 1 in the third of the four micro-steps of step 6."""
     patch = NOT_FINITE.format(value="nan", when="rank == 1 and len(calls) == 5 * 4 + 3")
     run = server.run(*inputs, "--output_dir", tmp_path / "run", world=2, patch=patch)
     assert run.codes == [3, 3], run.text()
@@ -313,8 +313,8 @@ def test_in_fp16_the_run_stops_when_the_loss_scale_comes_to_its_floor(server, in
 
 
 def test_an_inf_in_the_gradient_of_one_process_is_skipped_by_all(server, inputs, tmp_path):
-    """In one process's shard of one parameter, at a scale of 2^8 that makes no other: after a step that is skipped, the
-    weights are those of the model that was loaded."""
+    """The inf is in one process's shard of one parameter, at a scale of 2^8 that causes no other. After the skipped
+    step, the weights are those of the loaded model."""
     patch = """
 import functools, torch
 from torch.amp import GradScaler
@@ -385,7 +385,7 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_nothing_half_made(serv
 
 
 def test_broken_data_files_are_refused_in_a_line_or_accounted_for(tmp_path):
-    """300 of the 2,000 files of tests/bench/fuzz.py; both outcomes are common, so neither is a matter of course."""
+    """300 of the 2,000 files of tests/bench/fuzz.py; both outcomes are common, so the test can fail either way."""
     tokenizer = make_chat_tokenizer()
     results = Counter(try_file(make_file(tmp_path, seed), tokenizer, tmp_path / "cache") for seed in range(300))
     assert min(results["refused"], results["trained on"]) > 50, results

@@ -1,6 +1,6 @@
 """Freezing: `python -m pytest tests/test_freeze.py`. Builds tiny random models, no network.
 
-The number of trained layers is int((1 - ratio) * layers), at least one unless ratio is 1:
+The number of trained layers is int((1 - ratio) * layers), but at least one unless ratio is 1:
     28 layers, 0.7: int(8.4) = 8    12: int(3.6) = 3    3: int(0.9) = 0, so 1    2: int(0.6) = 0, so 1    1: 1
 """
 
@@ -61,7 +61,7 @@ def gptj(layers):
 
 
 def trained_layers(model):
-    """Indices of blocks all of whose parameters train; the others' must all be frozen."""
+    """Indices of blocks whose parameters all train; all parameters of the others must be frozen."""
     shares = [[p.requires_grad for p in block.parameters()] for block in find_blocks(model)[1]]
     assert all(len(set(flags)) == 1 for flags in shares)
     return [i for i, flags in enumerate(shares) if flags[0]]
@@ -142,7 +142,7 @@ def test_embeddings_can_stay_trainable_as_in_the_published_code():
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_graph_reaches_below_the_first_trained_block(family, embeddings):
-    """Half of 4 layers: blocks 0 and 1 are frozen. With trainable embeddings the graph does go down to them."""
+    """With half of 4 layers, blocks 0 and 1 are frozen. With trainable embeddings the graph does reach below them."""
     model = RewardModel(trunk(family))
     frozen = freeze_bottom_layers(model, 0.5, embeddings=embeddings)
     name, blocks = find_blocks(model)
@@ -242,7 +242,7 @@ def test_a_shared_layer_can_be_frozen_whole_or_not_at_all():
 
 
 def test_freezing_again_keeps_what_is_frozen():
-    """Freezing never thaws: a person may have frozen more beforehand."""
+    """Freezing never unfreezes: a user may have frozen more beforehand."""
     model = gptj(4)
     model.trunk.ln_f.requires_grad_(False)
     freeze_bottom_layers(model, 0.5)

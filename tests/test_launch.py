@@ -1,4 +1,4 @@
-"""launch.sh on several machines: what Slurm's variables come to, and two network namespaces that train as one process.
+"""launch.sh on several machines: the command made from Slurm's variables, and training across two network namespaces.
 
 Run: pytest tests/test_launch.py. Needs no network; the namespaces need root and `ip`, and are skipped without.
 """
@@ -27,7 +27,7 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(flags, VARIABLE="...") -> the command that it comes to."""
+    """launch(flags, VARIABLE="...") -> the resulting command."""
     for name, text in (("scontrol", SCONTROL), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -59,7 +59,7 @@ def test_a_slurm_job_on_one_machine_asks_for_no_hosts(launch):
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces joined by a cable: their names. Removed in every case."""
+    """Names of two network namespaces joined by a virtual cable. They are always removed."""
     if os.getuid() or not shutil.which("ip"):
         pytest.skip("needs root and ip")
     names = [f"minirm-{os.getpid()}-{i}" for i in range(2)]
@@ -81,7 +81,7 @@ def hosts():
 
 
 def test_two_hosts_with_a_process_each_train_as_one_process(hosts, server, model_folder, tmp_path):
-    """By rendezvous over their own addresses. Each has a whole copy, the default for a machine with one process."""
+    """They rendezvous over their own addresses. Each has a full copy, the default for a machine with one process."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
     flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--max_steps", 4]
     flags += ["--max_length", 64, "--learning_rate", 1e-3, "--logging_steps", 1, "--warmup_steps", 0]

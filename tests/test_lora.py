@@ -30,7 +30,7 @@ def plain(family):
 
 
 def adapted(family, rank=4, alpha=8.0, ratio=0.5):
-    """A model with random adapters, B as well."""
+    """A model with random adapters, including B."""
     model = plain(family)
     add_lora(model, rank, alpha, freeze_bottom_layers(model, ratio))
     init_lora(model, 0)
@@ -98,7 +98,7 @@ def test_matrices_without_an_adapter_are_named():
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_merged_rewards_are_the_adapted_ones_and_every_adapter_learns(family):
-    """Two of four blocks. A module that uses its weight without being called would leave its adapter without a gradient."""
+    """Two of four blocks. An adapter gets no gradient if its module's weight is used without calling the module."""
     model, ids = adapted(family), torch.arange(24).view(2, 12)
     rewards = model(ids)
     rewards.sum().backward()

@@ -1,10 +1,10 @@
-"""Losses and accuracy: `python -m pytest tests/test_loss.py`. Needs torch alone.
+"""Losses and accuracy: `python -m pytest tests/test_loss.py`. Needs only torch.
 
 Literals, with s(x) = -logsigmoid(x) = log(1 + exp(-x)):
     s(0) = log 2 = 0.693147   s(1) = 0.313262   s(-1) = 1.313262   s(2) = 0.126928   s(-2) = 2.126928   s(1e4) = 0
     s(-1e4) = 1e4
-The reference is the loop over pairs of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, told again.
-It sees padded texts and a reward for every place of them, and knows nothing of prefixes, layouts or vectors.
+The reference restates the loop over pairs of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py. It
+sees padded texts and a reward at every position, and knows nothing about prefixes, layouts or vectorization.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def published_loss(chosen_ids, rejected_ids, chosen_rewards, rejected_rewards, p
 
 
 def random_texts(seed, pairs=8):
-    """Pairs of texts without EOS, as (chosen, rejected) lists of ids 2..6; of every eight, two have a side that begins the other."""
+    """Pairs of texts without EOS, as (chosen, rejected) lists of ids 2..6; in 2 of every 8, one side is a prefix."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low, high):
@@ -50,7 +50,7 @@ def random_texts(seed, pairs=8):
 
 
 def as_groups(texts):
-    """Each pair as a group, split where its two texts, EOS included, stop being the same."""
+    """Each pair as a group, split where its two texts, including EOS, first differ."""
     groups = []
     for chosen, rejected in texts:
         shared = next((t for t, (c, r) in enumerate(zip(chosen, rejected)) if c != r), min(len(chosen), len(rejected)))
@@ -67,7 +67,7 @@ def as_groups(texts):
 
 
 class Scorer:
-    """Numbers for whole texts: the same row of numbers wherever a layout puts the text. Wide: also for pads behind it."""
+    """The same row of numbers for a text wherever a layout puts it. Wide: also for the pads after it."""
 
     def __init__(self, texts, seed, width=40):
         self.row = {tuple(text): i for i, text in enumerate(t for pair in texts for t in pair)}
@@ -127,7 +127,7 @@ def test_losses_agree_with_the_published_loop_in_value_and_gradient(kind, seed):
 
 
 def test_end_rewards_of_the_published_loss_stand_at_the_end_of_the_longer_text():
-    """Texts [2, 3] and [2, 4, 5, 6]: the longer one ends behind place 3, whose rewards count for both."""
+    """Texts [2, 3] and [2, 4, 5, 6]: the longer one ends after position 3, whose rewards count for both."""
     (group,) = as_groups([([2, 3], [2, 4, 5, 6])])
     batch = collate([group], row_layout="separate", pad_id=PAD, row_limit=99, trlx_eos_id=EOS)
     rewards = torch.arange(10.0).view(2, 5)  # chosen text: places 0..3 and padding, rejected: 0..3 and EOS
@@ -194,7 +194,7 @@ def test_differences_of_1e4_stay_finite(dtype, difference, value, slope):
 
 @pytest.mark.parametrize("garbage", [float("inf"), -float("inf"), float("nan"), 3e38])
 def test_what_lies_outside_the_range_has_no_influence(garbage):
-    """t = 1, difference 1: 0.313262, and gradient -0.268941 there alone, whatever stands before and behind."""
+    """t = 1, difference 1: 0.313262, and gradient -0.268941 only there, whatever comes before and after."""
     chosen = torch.tensor([[garbage, 1.0, garbage]], requires_grad=True)
     rejected = torch.tensor([[-garbage, 0.0, garbage]], requires_grad=True)
     loss = divergence_loss(chosen, rejected, torch.tensor([1]), torch.tensor([2]))
@@ -235,7 +235,7 @@ def test_pairwise_loss_by_hand():
 
 
 def test_margin_is_taken_off_the_difference():
-    """Differences 2 and 2 less margins 1 and 4: (s(1) + s(-2)) / 2 = (0.313262 + 2.126928) / 2 = 1.220095."""
+    """Differences 2 and 2 minus margins 1 and 4: (s(1) + s(-2)) / 2 = (0.313262 + 2.126928) / 2 = 1.220095."""
     loss = pairwise_loss(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0]))
     assert loss.item() == pytest.approx(1.220095, abs=1e-6)
     assert pairwise_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([0])).item() == pytest.approx(
@@ -301,7 +301,7 @@ def test_weights_give_a_weighted_mean(kind):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_without_reduction_each_pair_has_its_own_loss(kind):
-    """s(1), s(-1), s(2); squares 1, 1, 4; times the weights where there are any."""
+    """s(1), s(-1), s(2); squares 1, 1, 4; times the weights if there are any."""
     chosen, expected = torch.tensor([1.0, -1.0, 2.0]), [0.313262, 1.313262, 0.126928]
     expected = [1.0, 1.0, 4.0] if kind == "centering" else expected
     each = LOSSES[kind](chosen, torch.zeros(3), reduction="none")

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: `python -m pytest tests/test_measure.py`. Needs torch alone, one process; no model."""
+"""Metrics of an evaluation: `python -m pytest tests/test_measure.py`. Needs only torch, one process; no model."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def test_the_interval_by_hand_with_one_pair_a_prompt():
 
 
 def test_copies_of_a_pair_say_nothing_new():
-    """Four equal pairs a prompt are as uncertain as one pair a prompt."""
+    """Four equal pairs per prompt are as uncertain as one."""
     once = torch.cat([torch.ones(60), torch.zeros(20)]).double()
     low, high = interval(once, torch.arange(80))
     assert interval(once.repeat_interleave(4), torch.arange(80).repeat_interleave(4)) == pytest.approx((low, high))
@@ -55,7 +55,7 @@ def test_copies_of_a_pair_say_nothing_new():
 
 
 def test_the_variance_is_that_of_leaving_one_prompt_out():
-    """Against a slow reference: accuracies without each prompt in turn; uneven sizes; Wilson with t."""
+    """The slow reference computes the accuracy without each prompt in turn, then Wilson with t; sizes are uneven."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(1, 7, (30,), generator=generator)
     prompt = torch.arange(30).repeat_interleave(sizes)
@@ -97,8 +97,8 @@ def test_one_prompt_says_nothing_of_others():
     "prompts, even", [(60, True), (150, True), (300, True), (60, False), (150, False), (300, False)]
 )
 def test_intervals_cover_93_to_97_percent(prompts, even, accuracy):
-    """2,000 evaluations of a model of known accuracy: each prompt has an accuracy of its own, beta-distributed with
-    correlation 0.2 of two pairs of a prompt, and six pairs or, uneven, 1 to about 20, four on average (geometric).
+    """2,000 evaluations of a model of known accuracy. Each prompt has its own accuracy, beta-distributed so that two of
+    its pairs correlate by 0.2, and six pairs or, if uneven, 1 to about 20, four on average (geometric).
 
     The standard error of the coverage is 0.5 %; intervals for independent pairs cover 75 to 85 %, see below.
     """
@@ -188,7 +188,7 @@ def test_right_by_tenth_against_a_loop(n):
 
 
 def test_right_by_tenth_looks_at_the_range_alone():
-    """20 places from 3 on: right from the seventh on. Before and behind: garbage."""
+    """20 positions from 3 on, right from the seventh on, with garbage before and after."""
     chosen, rejected = torch.full((1, 30), math.nan), torch.zeros(1, 30)
     chosen[0, 3:9], chosen[0, 9:23], chosen[0, 23:] = -1, 1, -9
     got = right_by_tenth(chosen, rejected, torch.tensor([3]), torch.tensor([23]))
@@ -218,7 +218,7 @@ def group(lengths, pairs, prompt_pairs, subset="", source=0):
 
 
 def test_what_is_known_of_pairs_beforehand():
-    """The second prompt fell into two groups, of one and two pairs; so each of its three weighs a third."""
+    """The second prompt has two groups, of one and two pairs, so each of its three pairs weighs a third."""
     groups = [
         group([3, 5], [(0, 1)], 1, "x"),
         group([9, 2], [(1, 0)], 3),
@@ -242,7 +242,7 @@ def evaluated(chosen, rejected, tokens, **changes):
 
 
 def test_all_figures_by_hand():
-    """Losses 1, 1, 1 and 5, of which the last weighs a third: (3 + 5 / 3) / (10 / 3) = 1.4. Differences 1, 2, -1, 0.
+    """Losses 1, 1, 1 and 5, where the last weighs a third: (3 + 5 / 3) / (10 / 3) = 1.4. Differences 1, 2, -1, 0.
 
     Rewards 1 2 3 4 | 0 0 4 4: mean 2.25, squares 1 + 4 + 9 + 16 + 16 + 16 = 62 - 8 * 5.0625 = 21.5, / 7, root 1.752549.
     """
@@ -266,7 +266,7 @@ def test_all_figures_by_hand():
 
 
 def test_a_model_that_counts_words_is_found_out():
-    """The longer answer always is the chosen one, and the reward is its length."""
+    """The chosen answer is always the longer one, and the reward is its length."""
     generator = torch.Generator().manual_seed(0)
     rejected = torch.randint(5, 40, (200,), generator=generator)
     chosen = rejected + torch.randint(1, 30, (200,), generator=generator)

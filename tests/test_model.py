@@ -1,4 +1,4 @@
-"""Loading, and what is refused: `python -m pytest tests/test_model.py`. Tiny random models on disk, no network, half a minute."""
+"""Loading and refusing models: `python -m pytest tests/test_model.py`. Tiny random models, no network, 30 seconds."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
 def load(folder, seed=0):
     """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources.
 
-    With the published head: of rewards near zero an error would be as small.
+    It uses the published head, because errors in rewards near zero would be too small to notice.
     """
     config, tokenizer = load_config(str(folder))
     model = empty_model(config)
@@ -94,7 +94,7 @@ def test_the_head_and_its_rewards_are_fp32_under_autocast(model_folder):
 
 
 def test_dropout_is_off(model_folder):
-    """GPT-2's config drops a tenth of everything."""
+    """GPT-2's config has dropout 0.1 everywhere."""
     model, config, _ = load(model_folder("gpt2"))
     assert config.resid_pdrop == 0.1 and not any(module.training for module in model.modules())
     ids = torch.arange(10, 20)[None]
@@ -120,7 +120,7 @@ def test_the_published_head_is_normal_with_standard_deviation_1_over_the_root_of
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_new_head_starts_within_0_05_of_log_2_in_every_precision(model_folder, family):
-    """Also where the final states are thirty times as large as those of a random model, which the published head is not for."""
+    """Also with final states thirty times as large as a random model's, for which the published head is not suited."""
     model, _, _ = load(model_folder(family))
     ids = torch.randint(5, 200, (32, 20), generator=torch.Generator().manual_seed(0))
 
@@ -288,7 +288,7 @@ def test_a_folder_without_a_tokenizer_is_refused(model_folder, tmp_path):
 
 
 def test_a_model_that_brings_its_own_code_is_refused_without_a_question(model_folder, tmp_path, monkeypatch):
-    """transformers asks on the terminal whether to run the code, and every rank would wait for an answer."""
+    """transformers would ask on the terminal whether to run the code, and every rank would wait for an answer."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     shutil.copytree(model_folder("llama"), tmp_path / "x")
     path = tmp_path / "x" / "config.json"
@@ -298,7 +298,7 @@ def test_a_model_that_brings_its_own_code_is_refused_without_a_question(model_fo
 
 
 def changed(model_folder, family, folder, change, **values):
-    """A copy of a model folder whose stored tensors went through change(tensors) -> its name and config."""
+    """Copy a model folder and apply change(tensors) to its stored tensors -> the copy's name and config."""
     shutil.copytree(model_folder(family, **values), folder)
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
@@ -320,7 +320,7 @@ def test_missing_and_misplaced_weights_are_refused_by_name(model_folder, tmp_pat
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_heads_and_the_buffers_of_old_checkpoints_are_left_aside(prefix, model_folder, tmp_path):
-    """The names in EleutherAI/gpt-j-6b's file, and those of a value head. With and without the prefix of the trunk."""
+    """The names in EleutherAI/gpt-j-6b's file, and those of a value head, with and without the trunk's prefix."""
 
     def old(weights):
         weights = {key.replace("transformer.", prefix): value for key, value in weights.items()}
@@ -338,7 +338,7 @@ def test_heads_and_the_buffers_of_old_checkpoints_are_left_aside(prefix, model_f
 
 @pytest.mark.parametrize("way", ["sharded", "bin", "sharded bin", "half"])
 def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tmp_path):
-    """Rows of a tensor are those of the whole; .bin files can only be read whole, and never run code."""
+    """Rows read alone equal those of the full tensor; .bin files can only be read in full, and never run code."""
     name, (folder, half) = tmp_path / "x", (model_folder("opt"), way == "half")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16 if half else torch.float32)
     shutil.copytree(folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -365,7 +365,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tm
 
 
 class Code:
-    """What a pickle may hold: a call, made by whoever loads it."""
+    """A pickle may contain a call, which is made on loading."""
 
     def __reduce__(self):
         return RAN.append, (1,)
@@ -378,8 +378,8 @@ RAN: list[int] = []
 def test_a_bin_of_more_than_tensors_is_refused_with_a_command_that_converts_it(
     kind, model_folder, tmp_path, monkeypatch
 ):
-    """A call, a training script's arguments, what git-lfs leaves in place of a file, TorchScript: torch's own message
-    says each time to load it with weights_only=False."""
+    """A call, a training script's arguments, a git-lfs pointer, TorchScript: each time torch's own message advises
+    loading with weights_only=False."""
     folder = tmp_path / "x"
     shutil.copytree(model_folder("gpt2"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     weights, path = load_file(model_folder("gpt2") / "model.safetensors"), folder / "pytorch_model.bin"
@@ -410,7 +410,7 @@ def test_tied_embeddings_that_are_stored_as_the_output_layer_are_found(model_fol
 
 
 def test_experts_that_transformers_fuses_are_left_to_it(tmp_path):
-    """Mixtral stores an expert's matrices one by one, and computes with all of them in one tensor."""
+    """Mixtral stores experts' matrices one by one and computes with all of them in one tensor."""
     folder, tokenizer = tmp_path / "mixtral", make_tokenizer()
     tokenizer.save_pretrained(folder)
     values = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -428,7 +428,7 @@ def test_experts_that_transformers_fuses_are_left_to_it(tmp_path):
 
 @pytest.mark.parametrize("family", [*FAMILIES_BY_NAME, *REFUSED])
 def test_buffers_that_no_checkpoint_has_are_those_of_from_pretrained(family, tmp_path):
-    """Rotary frequencies, masks, scales of embeddings: equal to the bit, in every family."""
+    """Rotary frequencies, masks and embedding scales are bitwise equal in every family."""
     kind, values = {**FAMILIES_BY_NAME, **REFUSED}[family]
     config = transformers.CONFIG_MAPPING[kind](**values | {"vocab_size": 50, "max_position_embeddings": 64})
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)

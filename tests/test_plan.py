@@ -1,4 +1,4 @@
-"""Which groups when and where: `python -m pytest tests/test_plan.py`. Needs torch alone, one process."""
+"""The plan of steps, micro-steps and ranks: `python -m pytest tests/test_plan.py`. Needs only torch, one process."""
 
 import random
 
@@ -9,7 +9,7 @@ from minirm.plan import WINDOW_STEPS, Step, make_plan, steps_per_epoch
 
 
 def data(count, seed=0):
-    """(lengths 10..500, pairs 1..4) of so many groups."""
+    """(lengths 10..500, pairs 1..4) of this many groups."""
     rng = random.Random(seed)
     return [rng.randint(10, 500) for _ in range(count)], [rng.randint(1, 4) for _ in range(count)]
 
@@ -43,7 +43,7 @@ def test_every_group_comes_exactly_once(world_size, batch_size, accumulation, co
 
 
 def plan_by_lists(lengths, weights, world_size, batch_size, accumulation, seed, epoch, shuffle, micro_batch_tokens):
-    """What make_plan does, all steps at once and slowly."""
+    """A slow reference for make_plan that computes all steps at once."""
     count, per_step = len(lengths), world_size * batch_size * accumulation
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(count, generator=generator).tolist() if shuffle else list(range(count))
@@ -81,7 +81,7 @@ def test_steps_worked_out_one_by_one_are_those_worked_out_all_at_once(count, shu
 
 
 def test_a_step_by_hand():
-    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt out one to a rank, there and back; pairs 6+3+5+1 = 15 and 4+2 = 6."""
+    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt forward, then back; pairs 6+3+5+1 = 15 and 4+2 = 6."""
     plan = make_plan(
         [30, 10, 50, 20, 40, 60], [1, 2, 3, 4, 5, 6], world_size=2, batch_size=1, accumulation=2, shuffle=False
     )
@@ -101,7 +101,7 @@ def test_steps_do_not_depend_on_how_they_are_split_over_ranks_and_micro_steps(co
 
 
 def test_in_a_short_last_micro_step_no_rank_has_two_while_another_has_none():
-    """19 groups, 4 ranks x 4: one step of 16, one of 3, of which three ranks have one each and the fourth has none."""
+    """19 groups, 4 ranks x 4: one step of 16 and one of 3, in which three ranks have one each and the fourth none."""
     lengths, pairs = data(19)
     plan = make_plan(lengths, pairs, world_size=4, batch_size=4, seed=0)
     sizes = sorted([len(groups) for groups in micro] for step in plan for micro in step.micro_steps)
@@ -122,7 +122,7 @@ def test_nothing_to_plan():
 
 
 def test_the_plan_is_the_same_on_every_rank():
-    """A pure function: the same arguments give the same plan, whatever is drawn from torch's generator in between."""
+    """The same arguments give the same plan, whatever is drawn from torch's generator in between."""
     lengths, pairs = data(100)
     arguments = {"world_size": 2, "batch_size": 2, "accumulation": 2, "seed": 5, "epoch": 3}
     before = torch.get_rng_state()
@@ -152,7 +152,7 @@ def test_any_seed_that_torch_takes_can_be_used(seed):
 
 
 def test_long_groups_do_not_all_come_first():
-    """Steps are shuffled within the whole epoch: the longest group of 640 is not always in the first step."""
+    """Steps are shuffled over the whole epoch: the longest group of 640 is not always in the first step."""
     lengths, pairs = data(640)
     first = [groups_of(make_plan(lengths, pairs, world_size=1, batch_size=4, epoch=e)[:1]) for e in range(8)]
     assert any(max(lengths[g] for g in groups) < 250 for groups in first)
@@ -165,7 +165,7 @@ def test_without_shuffling_the_longest_come_first():
 
 
 def padding_share(plan, lengths):
-    """Share of places that are padding if every micro-step is as long as its longest group on any rank."""
+    """Share of padding if every micro-step is as long as its longest group on any rank."""
     places = tokens = 0
     for step in plan:
         for micro in step.micro_steps:
@@ -176,7 +176,7 @@ def padding_share(plan, lengths):
 
 
 def test_rows_of_like_length_come_together_on_all_ranks():
-    """Lengths even in 10..500, micro-steps of 8. Unsorted: 1 - 255 / (10 + 490 * 8/9) = 0.43.
+    """Lengths uniform in 10..500, micro-steps of 8. Unsorted: 1 - 255 / (10 + 490 * 8/9) = 0.43.
 
     Sorted in windows of 16 x 16 = 256 groups, a micro-step spans 8 / 256 of the lengths: about 8 of 255 tokens, 0.03.
     """
@@ -190,9 +190,9 @@ def test_rows_of_like_length_come_together_on_all_ranks():
 
 
 def test_no_rank_waits_long_for_another_within_a_step():
-    """Lengths as of real prompts, 8 ranks of 4 micro-steps: the most a rank computes over the mean, averaged over steps.
+    """Realistic lengths, 8 ranks, 4 micro-steps: the largest work of a rank over the mean, averaged over steps.
 
-    Were every micro-step dealt out in the same order, rank 0 had the longest of all four: 1.0135 with these lengths.
+    If all micro-steps were dealt in the same order, rank 0 would get the longest of all four: 1.0135 here.
     """
     lengths = (300 * torch.exp(0.5 * torch.randn(8192, generator=torch.Generator().manual_seed(0)))).clamp(max=550)
     plan = make_plan(lengths.tolist(), [1] * 8192, world_size=8, batch_size=1, accumulation=4)

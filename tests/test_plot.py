@@ -1,7 +1,7 @@
-"""Pictures of runs, and trackers: `python -m pytest tests/test_plot.py`. Needs matplotlib; no network. Tiny runs of train.py.
+"""Plots of runs, and trackers: `python -m pytest tests/test_plot.py`. Needs matplotlib; no network. Tiny train.py runs.
 
-What is drawn is read back from matplotlib's own objects. The rows of `RUN` are made up so that every value is plain: the
-evaluation with the lowest loss is that of step 20, not the one before training, nor the last.
+The tests read the drawing back from matplotlib's own objects. The rows of `RUN` are made up so that every value is easy
+to check: the evaluation with the lowest loss is at step 20, neither the one before training nor the last.
 """
 
 import json
@@ -221,7 +221,7 @@ SENT = {"train/loss": 0.5, "train/epoch": 1.0, "train/global_step": 7}
 
 @pytest.fixture()
 def wandb(tmp_path, monkeypatch):
-    """A folder to import a stand-in for wandb from; told(output) reads what each of the runs there was told."""
+    """A folder with a fake wandb to import; told(output) reads what each of its runs received."""
     package = tmp_path / "site" / "wandb" / "__init__.py"
     package.parent.mkdir(parents=True)
     package.write_text(WANDB)
@@ -287,7 +287,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_get_it(t
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
-    """Killed after step 4 with a checkpoint of step 2: what came after it must not be there twice."""
+    """The run is killed after step 4 with a checkpoint of step 2; later rows must not appear twice."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

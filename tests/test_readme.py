@@ -1,4 +1,4 @@
-"""README.md says what the code does: its flags, paths, defaults and imports exist.
+"""README.md agrees with the code: its flags, paths, defaults and imports exist.
 
 Run: pytest tests/test_readme.py. Needs nothing.
 """

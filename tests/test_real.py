@@ -1,4 +1,4 @@
-"""minirm beside TRL, given the same: `pip install -e ".[bench]"; pytest tests/test_real.py`. Skipped without TRL."""
+"""minirm against TRL on the same input: `pip install -e ".[bench]"; pytest tests/test_real.py`. Skipped without TRL."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ STEPS, BATCH, RATE = 20, 4, 1e-3
 
 
 def test_trl_and_minirm_have_the_same_losses_step_for_step(tmp_path):
-    """Weights, head, pairs and order alike, fp32: whatever differs between the two on other runs is not the step."""
+    """Weights, head, pairs and order are the same, in fp32: if other runs differ, the step is not the cause."""
     trl = pytest.importorskip("trl")
     import datasets
 

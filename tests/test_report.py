@@ -1,8 +1,8 @@
 """What a run prints at its start: `python -m pytest tests/test_report.py`. No network; tokenises a few short texts.
 
-The three comparisons of the table, in characters, since the tokenizer knows no merges (one token a character, EOS one
-more): prompt "p" + separator "|" + answers of 9 ("a b c d e") and 11 ("a b c d e f") characters, so texts of 1 + 1 + 9
-+ 1 = 12 and 14 tokens.
+The tokenizer has no merges: one token per character, and one for EOS. The table's three comparisons have the prompt
+"p", the separator "|" and answers of 9 ("a b c d e") and 11 ("a b c d e f") characters, so texts of 1 + 1 + 9 + 1 = 12
+and 14 tokens.
 """
 
 import gzip
@@ -59,7 +59,7 @@ def data(tokenizer, tmp_path_factory):
 
 
 def test_the_table_counts_what_was_read_dropped_and_kept(data):
-    """Shared: prompt p: 12 tokens in common less EOS, that is "p|a b c d e" (11), then EOS, " f" + EOS: 11 + 1 + 3 = 15.
+    """Shared: prompt p: 12 common tokens minus EOS, "p|a b c d e" (11), then EOS and " f" + EOS: 11 + 1 + 3 = 15.
 
     q the same, 15; r: "p|a b c d " (10) + "e f" + EOS and "f g" + EOS: 10 + 4 + 4 = 18. Together 48.
     Separate: 12 + 14, 12 + 14, 14 + 14 = 80. Saved: 1 - 48 / 80 = 40.0 %.
@@ -90,7 +90,7 @@ def test_separate_rows_promise_no_saving(data):
 
 
 def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(tokenizer, tmp_path):
-    """--max_length 14 against a prompt of 5: two comparisons of one prompt, 16 and 18 tokens, lose 2 and 4 tokens."""
+    """--max_length 14 and a prompt of 5: two comparisons of one prompt, of 16 and 18 tokens, lose 2 and 4 tokens."""
     rows = [
         {"prompt": "ppppp", "chosen": NINE, "rejected": "e d c b a"},
         {"prompt": "ppppp", "chosen": ELEVEN, "rejected": "e d c b a"},
@@ -150,7 +150,7 @@ def test_the_marked_pair_shows_what_is_scored_and_eos_as_the_last_scored_token(d
 
 
 def test_the_marked_pair_is_the_first_comparison_of_its_group_not_all_of_them(data, tokenizer):
-    """Of three answers the first two share more than all three do; what they share is not scored."""
+    """The first two of three answers share more than all three do; their shared tokens are not scored."""
     group = {"prefix": [], "completions": [tokenizer(t)["input_ids"] for t in ("xab", "xac", "y")]}
     lines = marked_pair({**group, "chosen": [1], "rejected": [0]}, tokenizer).splitlines()
     assert lines[1:] == [
@@ -370,7 +370,7 @@ HOSTILE = "\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e"
 
 
 def test_hostile_names_of_files_models_and_tokens_leave_table_and_card_whole(data, tokenizer, tmp_path):
-    """Escape sequences, line breaks, pipes, backticks and YAML markers: one line each, escaped, in their place."""
+    """Escape sequences, line breaks, pipes, backticks and YAML markers are escaped in place, on one line each."""
     report = {
         part: [row | {"source": HOSTILE, "schema": HOSTILE} for row in rows] for part, rows in data.report.items()
     }

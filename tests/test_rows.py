@@ -1,9 +1,8 @@
-"""Batches: `python -m pytest tests/test_rows.py`. Needs torch alone.
+"""Batches: `python -m pytest tests/test_rows.py`. Needs only torch.
 
-A scorer that can be checked by eye takes the place of the model. What a causal model may use for the reward of a token
-is the token, its position and the visible tokens of its text before it, so that is what this one names: each such
-triple gets a number of its own, and looks the same from whatever row, layout or place. The reference walks over the
-pairs and reads their texts, one token after the other.
+A scorer that is easy to check replaces the model. A causal model's reward of a token may depend on the token, its
+position and the visible tokens before it in its text. So this scorer gives each such triple its own number, the same in
+any row, layout and place. The reference loops over the pairs and reads their texts token by token.
 """
 
 import gc
@@ -19,7 +18,7 @@ EOS, PAD = 1, 0
 
 
 class Scorer:
-    """(token, position, visible tokens of the text before it) -> a number, the same one whenever it comes again."""
+    """(token, position, visible tokens of the text before it) -> a number, always the same for the same triple."""
 
     def __init__(self):
         self.numbers = {}
@@ -28,7 +27,7 @@ class Scorer:
         return self.numbers.setdefault((token, position, tuple(before)), len(self.numbers) + 1)
 
     def of_batch(self, batch):
-        """[R, L] numbers; at every place the scorer is told what a token there can see."""
+        """[R, L] numbers; at every position the scorer gets what a token there can attend to."""
         rewards = torch.zeros(batch.input_ids.shape)
         for r, (ids, positions, segments, visible) in enumerate(
             zip(*(x.tolist() for x in (batch.input_ids, batch.position_ids, batch.segments, batch.visible)))
@@ -42,7 +41,7 @@ class Scorer:
         return rewards
 
     def of_text(self, text, pads=0):
-        """Numbers of a text, then of so many EOS ids that nothing looks at."""
+        """Numbers of a text, then of this many EOS ids that nothing attends to."""
         real = [self.reward(token, t, text[:t]) for t, token in enumerate(text)]
         return real + [self.reward(EOS, len(text) + i, text) for i in range(pads)]
 
@@ -117,7 +116,7 @@ def test_shared_and_separate_rows_have_the_same_rewards_at_the_same_pairs():
 
 
 def test_a_shared_row_by_hand():
-    """Prefix 9 8, completions 4 5 EOS and 6 EOS, then padding up to the other row's 8 places; longest text: 7 tokens."""
+    """Prefix 9 8, completions 4 5 EOS and 6 EOS, padded to the other row's 8 positions; longest text: 7 tokens."""
     groups = [group([9, 8], [[4, 5, EOS], [6, EOS]], [(0, 1)]), group([7, 7, 7, 7, 7], [[2, EOS], [EOS]], [(1, 0)])]
     batch = collate(groups, row_layout="shared", pad_id=PAD, row_limit=99)
     assert batch.input_ids.tolist() == [[9, 8, 4, 5, EOS, 6, EOS, PAD], [7, 7, 7, 7, 7, 2, EOS, EOS]]
@@ -141,7 +140,7 @@ def test_separate_rows_by_hand():
 
 
 def test_pads_of_the_published_loss_by_hand():
-    """Texts 9 4 EOS and 9 2 3 5 EOS: compared over 3 places, so the shorter one, 4 EOS, goes on for one EOS, unseen."""
+    """Texts 9 4 EOS and 9 2 3 5 EOS are compared over 3 positions, so 4 EOS gets one more EOS, which is invisible."""
     groups = [group([9], [[4, EOS], [2, 3, 5, EOS]], [(1, 0)])]
     batch = collate(groups, row_layout="shared", pad_id=PAD, row_limit=99, trlx_eos_id=EOS)
     assert batch.input_ids.tolist() == [[9, 4, EOS, EOS, 2, 3, 5, EOS]]
@@ -153,7 +152,7 @@ def test_pads_of_the_published_loss_by_hand():
 
 
 def test_padding_is_never_seen_and_never_scored():
-    """The scorer gives nan there, and no pair has any."""
+    """The scorer returns nan there, and no pair has any."""
     for published in (None, EOS):
         for row_layout in ("shared", "separate"):
             batch = collate(GROUPS, row_layout=row_layout, pad_id=PAD, row_limit=12, trlx_eos_id=published)
@@ -164,7 +163,7 @@ def test_padding_is_never_seen_and_never_scored():
 
 
 def test_a_group_that_is_too_long_for_a_row_repeats_its_prefix():
-    """Prefix of 4, five completions of 3: 10 tokens hold two of them, so rows of two, two and one."""
+    """Prefix of 4, five completions of 3: a row of 10 tokens holds two, so there are rows of two, two and one."""
     tails = [[k, k, EOS] for k in range(3, 8)]
     batch = collate([group([2] * 4, tails, [(0, 4), (3, 1)])], row_layout="shared", pad_id=PAD, row_limit=10)
     assert batch.input_ids.tolist() == [
@@ -178,7 +177,7 @@ def test_a_group_that_is_too_long_for_a_row_repeats_its_prefix():
 
 
 def test_a_row_limit_counts_the_pads_of_the_published_loss():
-    """EOS alone beside a completion of 4 goes on to 3 places: prefix 2 + 3 + 4 fits into 9 places, not into 8."""
+    """EOS alone beside a completion of 4 is padded to 3 positions: prefix 2 + 3 + 4 fits into 9, not into 8."""
     groups = [group([2, 2], [[EOS], [3, 4, 5, EOS]], [(0, 1)])]
     shapes = [
         tuple(collate(groups, row_layout="shared", pad_id=PAD, row_limit=n, trlx_eos_id=EOS).input_ids.shape)
@@ -198,7 +197,7 @@ def test_an_identical_pair_is_a_tie(published):
 
 
 def test_rows_without_pairs_can_be_computed_too():
-    """What a rank gets that has nothing left to do but has to enter the forward pass."""
+    """A rank with nothing left to do gets such a batch, because it must enter the forward pass."""
     batch = collate([group([9], [[4, EOS], [EOS]], [])], row_layout="shared", pad_id=PAD, row_limit=99)
     chosen, rejected = batch.pair_rewards(torch.zeros(batch.input_ids.shape))
     assert batch.input_ids.tolist() == [[9, 4, EOS, EOS]]
@@ -217,7 +216,7 @@ def test_margins_stay_with_their_pairs():
 
 
 def test_positions_never_go_beyond_the_longest_text():
-    """A model may have no position after it; a shared row is much longer than its texts, here 3 + 5 * 4 places."""
+    """A model may have no more positions; a shared row is much longer than its texts, here 3 + 5 * 4."""
     tails = [[k, k, k, EOS] for k in range(3, 8)]
     batch = collate([group([2] * 3, tails, [(0, 1)]), GROUPS[0]], row_layout="shared", pad_id=PAD, row_limit=99)
     assert batch.input_ids.shape == (2, 23)

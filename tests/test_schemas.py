@@ -1,4 +1,4 @@
-"""Which columns mean what: `python -m pytest tests/test_schemas.py`. No network; the rows are made up in the published shapes."""
+"""Schemas of published data: `python -m pytest tests/test_schemas.py`. No network; made-up rows in published form."""
 
 import json
 
@@ -282,7 +282,7 @@ def test_every_published_shape_is_recognised_and_read(case):
     "completions, scores", [(["a", "b", "c", "d"], [4, 3, 3, 1]), (["a", "b", "c"], None), (["a"], None)]
 )
 def test_ranked_lists_give_every_ordered_pair_and_count_their_ties(completions, scores):
-    """Against two plain loops."""
+    """The reference is two plain loops."""
     row = {"prompt": "p", "completions": completions} | ({"scores": scores} if scores else {})
     values = scores or [-i for i in range(len(completions))]
     wanted, ties = [], 0
@@ -294,7 +294,7 @@ def test_ranked_lists_give_every_ordered_pair_and_count_their_ties(completions, 
 
 
 def test_counts_of_a_file_of_each_kind_are_exact(tmp_path):
-    """Every case above in a file of its own: comparisons read, ties, and how many of the others reach the groups."""
+    """Every case above in its own file: comparisons read, ties, and the number of others that reach the groups."""
     tokenizer = make_tokenizer(texts=["x"])
     tokenizer.chat_template = CHAT
     for number, (row, name, (_, pairs, ties)) in enumerate(CASES.values()):
@@ -307,7 +307,7 @@ def test_counts_of_a_file_of_each_kind_are_exact(tmp_path):
 
 
 def test_summaries_read_as_in_openai_summarize_comparisons(tmp_path):
-    """That dataset keeps "TL;DR:" in the answers and joins prompt and answer by a line break: so both are one text."""
+    """That dataset keeps "TL;DR:" in the answers and joins prompt and answer by a line break; both give one text."""
     row = CASES["summarize_from_feedback"][0]
     theirs = {
         "prompt": "SUBREDDIT: r/sky\nTITLE: Green?\nPOST: My sky is green.",
@@ -615,7 +615,7 @@ def test_answers_with_a_score_are_ranked_within_their_subset(tmp_path):
 
 
 def test_a_column_that_another_takes_the_name_of_is_named_as_not_used(tmp_path):
-    """--columns prompt=question over a file that has a prompt as well."""
+    """--columns prompt=question on a file that also has a prompt column."""
     rows = [{"prompt": "old", "question": "new", "chosen": GOOD, "rejected": BAD}]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     report = {}

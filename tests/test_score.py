@@ -1,6 +1,6 @@
 """Scoring with a trained model: `python -m pytest tests/test_score.py`. Tiny random models, no network.
 
-The reference is the slow way: AutoModelForSequenceClassification, one text at a time, without padding.
+The slow reference is AutoModelForSequenceClassification, one text at a time, without padding.
 """
 
 import json
@@ -18,7 +18,7 @@ from minirm.weights import export
 
 @pytest.fixture(scope="session")
 def exported(model_folder, tmp_path_factory):
-    """exported("llama") -> a folder as train.py leaves it, the model's weights random."""
+    """exported("llama") -> a folder as train.py exports it, with random weights."""
     made = {}
 
     def get(family):
@@ -33,7 +33,7 @@ def exported(model_folder, tmp_path_factory):
 
 
 def scored(capsys, model, rows, folder, *flags):
-    """(the object on stdout, the rows of --output); rows: a list for each file."""
+    """(the object on stdout, the rows of --output); rows: one list per file."""
     files = [write_jsonl(folder / f"{name}.jsonl", of_file) for name, of_file in zip("abc", rows)]
     flags = ["--model", model, "--data", *files, "--output", folder / "scores.jsonl", *flags]
     capsys.readouterr()
@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_plain_model_whatever_the_batch(exported, capsys
 
 
 def test_shared_and_separate_rows_give_the_same(exported, capsys, tmp_path, monkeypatch):
-    """Long prompts and short answers are worth sharing, the other way round not; one bound forbids it, one forces it."""
+    """Long prompts with short answers are worth sharing, the reverse is not; one bound forbids it, one forces it."""
     rows = make_comparisons(12, per_prompt=3)
     sizes, collate = set(), score.collate
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\
 
 
 def test_messages_go_through_the_models_own_template_as_it_stands(exported, capsys, tmp_path):
-    """A line break behind the last turn, as other trainers' models have it, is scored; our exports have none."""
+    """A line break after the last turn, as in other trainers' models, is scored; our exports have none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported("llama"))
     tokenizer.chat_template = TEMPLATE
     transformers.AutoModelForSequenceClassification.from_pretrained(exported("llama")).save_pretrained(tmp_path / "m")

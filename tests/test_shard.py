@@ -1,4 +1,4 @@
-"""Sharding from outside: which parameters are sharded, in which precision, and that it changes no number.
+"""Sharding from outside: which parameters are sharded, in which precision, with unchanged numbers.
 
 Run: pytest tests/test_shard.py. Needs no network and no GPU; two gloo processes on the CPU.
 """
@@ -61,9 +61,9 @@ units.foreach_all_gather, train.shard.begin_micro_step = counted, shown
 
 
 def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, model_folder, tmp_path):
-    """Four layers, three of them frozen: with the embeddings 4 frozen units; a block and, as one, norm and head are trained.
+    """Four layers, three frozen: 4 frozen units with the embeddings; 2 trained ones, a block, and norm with head.
 
-    The evaluation at step 0 gathers all 6, which the first step still has; each later step of 2 micro-steps gathers 2.
+    The evaluation at step 0 gathers all 6, which the first step reuses; each later step of 2 micro-steps gathers 2.
     """
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(30))
     flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 3]
@@ -75,7 +75,7 @@ def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, mod
 
 
 def test_processes_of_unlike_memory_gather_the_same_units_at_the_same_time(server, model_folder, tmp_path):
-    """The second of two has room for nothing: so the first one keeps nothing either, or each would wait for the other."""
+    """The second of two has no room, so the first keeps nothing either; otherwise they would wait for each other."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
     flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 2]
     small = """
@@ -88,7 +88,7 @@ os.sysconf = lambda name: 1 if rank == 1 and name == "SC_PHYS_PAGES" else asked(
 
 
 def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(server, model_folder, tmp_path):
-    """frozen_share=0 leaves no memory for whole frozen parameters. Two processes, fp32 and bf16, equal to the bit."""
+    """frozen_share=0 leaves no memory for unsharded frozen parameters. Two processes, fp32 and bf16, bitwise equal."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
     sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0)"
     for precision in ("fp32", "bf16"):
@@ -106,8 +106,8 @@ def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(
 
 
 def test_weights_that_the_first_process_reads_for_all_arrive_as_those_that_each_reads(server, model_folder, tmp_path):
-    """On 2 x 2, where each reads half of all numbers; .bin files; and safetensors that one process cannot read. A wrong
-    checkpoint is refused by all."""
+    """On 2 x 2, where each reads half of all numbers; .bin files; and safetensors that one process cannot read. All
+    processes refuse a wrong checkpoint."""
     model, data = model_folder("qwen2"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
     weights = load_file(model / "model.safetensors")
     for name, changes in (("bin", {}), ("wrong", {"model.layers.7.extra": torch.ones(2)})):
@@ -152,7 +152,7 @@ def test_a_shard_size_that_does_not_divide_the_processes_is_refused_first(server
 
 
 def losses(server, model, data, output, parts, *flags, patch=""):
-    """Training rows of a run that goes on from part to part: (processes, --shard_size, steps). 8 prompts a step."""
+    """Training rows of a run resumed from part to part: (processes, --shard_size, steps). 8 prompts per step."""
     held_out = write_jsonl(data.with_name("eval.jsonl"), make_comparisons(2, seed=1))
     flags = ["--model", model, "--train_data", data, "--eval_data", held_out, "--output_dir", output, *flags]
     flags += ["--max_length", 64, "--learning_rate", 1e-4, "--logging_steps", 1, "--warmup_steps", 0]
@@ -181,7 +181,7 @@ def test_eight_processes_and_hybrid_meshes_take_the_ten_steps_of_one(server, mod
 
 
 def test_a_run_goes_on_with_another_shard_size_and_number_of_processes(server, model_folder, tmp_path):
-    """2 x 2, then a copy for each of two, then one copy on four. --cpu_offload may change as well; see below for it."""
+    """2 x 2, then one copy on each of two, then one copy on four. --cpu_offload may change as well; see below."""
     model, data = model_folder("llama"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     wanted = losses(server, model, data, tmp_path / "one", [(1, 0, 6)])
     got = losses(server, model, data, tmp_path / "many", [(4, 2, 2), (2, 1, 4)], "--save_steps", 2)

@@ -1,4 +1,4 @@
-"""Rows out of files, and what is said of files that are not in order: `python -m pytest tests/test_sources.py`."""
+"""Reading rows from files, and the messages about invalid files: `python -m pytest tests/test_sources.py`."""
 
 import bz2
 import csv
@@ -312,7 +312,7 @@ def test_a_broken_line_of_a_json_file_with_an_object_a_line_is_named(tmp_path):
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
-    """A file without a split in its name, beside one that has one, could be meant or not."""
+    """It is unclear whether a file without a split in its name, beside one with a split, is wanted."""
     for name in ("train-0.jsonl", "test.jsonl", "more/a.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(GOOD)

@@ -1,4 +1,4 @@
-"""The real command on tiny models: one process and several, the published procedure, and what is refused.
+"""The real command on tiny models: one process and several, the published procedure, and refusals.
 
 Run: pytest tests/test_train.py. Needs no network and no GPU; two to four gloo processes on the CPU.
 """
@@ -23,16 +23,16 @@ QUICK = ["--max_length", 200, "--warmup_steps", 0, "--learning_rate", 1e-3, "--l
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """23 comparisons of 23 prompts to train on; 11 of 7 prompts, which neither 2 nor 3 divides, to evaluate on."""
+    """23 comparisons of 23 prompts for training; 11 of 7 prompts, divisible by neither 2 nor 3, for evaluation."""
     folder = tmp_path_factory.mktemp("data")
     rows = make_comparisons(7, seed=2, per_prompt=2)[:7] + make_comparisons(4, seed=3)
     return write_jsonl(folder / "train.jsonl", make_comparisons(23)), write_jsonl(folder / "eval.jsonl", rows)
 
 
 def trained(data, output, model, *flags, processes=0, server=None):
-    """Runs the command to its end and returns its metrics.jsonl.
+    """Run the command to its end and return its metrics.jsonl.
 
-    Several processes run under torchrun, or are the server's; one runs in here. Those two save the imports.
+    Several processes run under torchrun or in the server; a single one runs in here. The latter two save the imports.
     """
     flags = ["--model", model, "--train_data", data[0], "--eval_data", data[1], "--output_dir", output, *QUICK, *flags]
     if server:
@@ -78,7 +78,7 @@ def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """41 comparisons of 23 prompts with margins 0.5, 1 and 2; with 40 tokens at most some prompts fall into two groups."""
+    """41 comparisons of 23 prompts with margins 0.5, 1 and 2; at 40 tokens, some prompts are split into two groups."""
     rows = make_comparisons(30, seed=6, per_prompt=3) + make_comparisons(13, seed=7)[2:]
     rows = [row | {"margin": [0.5, 1.0, 2.0][i % 3]} for i, row in enumerate(rows)]
     return [write_jsonl(tmp_path_factory.mktemp("uneven") / "train.jsonl", rows)] * 2
@@ -89,7 +89,7 @@ ALL_OPTIONS = ["--pair_weight", "prompt", "--center_rewards_coefficient", 0.1, "
 
 @pytest.mark.parametrize("options", [[], ALL_OPTIONS])
 def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, model_folder, uneven, server, tmp_path):
-    """21 prompts in more groups, 4 a step: the last step has fewer. Processes x groups a micro-step x micro-steps is 4."""
+    """21 prompts in more groups, 4 per step, fewer in the last. Processes x groups a micro-step x micro-steps is 4."""
     runs = {}
     data = ["--train_data", uneven[0], "--eval_data", uneven[1], *QUICK, "--max_length", 40]
     for processes, batch, accumulation in ((1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 4, 1)):
@@ -123,7 +123,7 @@ def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, m
 
 @pytest.mark.parametrize("kind", ["divergence", "last"])
 def test_all_loss_options_together_against_a_loop_over_prompts(kind, model_folder, uneven, tmp_path, monkeypatch):
-    """One step over all the data, the head alone trained: its loss and its gradient's norm, told again pair by pair."""
+    """One step over all data that trains only the head: loss and gradient norm are recomputed pair by pair."""
     monkeypatch.setattr("minirm.model.HEAD_SCALE", 1.0)
     model = model_folder("llama")
     flags = [*ALL_OPTIONS, "--loss", kind, "--max_length", 40, "--freeze_ratio", 1, "--max_steps", 1]
@@ -167,7 +167,7 @@ def flat(value):
 
 
 def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, data, server, tmp_path):
-    """Every figure; with subsets and two files."""
+    """Compares every metric, with subsets and two files."""
     subsets = tmp_path / "other.jsonl"
     write_jsonl(subsets, [row | {"subset": name} for row, name in zip(make_comparisons(5, seed=8), "xxyyy")])
     rows = []
@@ -198,9 +198,9 @@ def test_data_in_which_the_longer_answer_is_always_chosen_shows_as_such(model_fo
 
 @pytest.mark.parametrize("layout", ["separate", "shared"])
 def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
-    """A plain rendering of CarperAI/trlx's trainer: two full sequences padded to --max_length, a loop over pairs.
+    """The reference restates CarperAI/trlx's trainer: two full sequences padded to --max_length, a loop over pairs.
 
-    GPT-J, 4 layers of which int(0.3 * 4) = 1 is trained, embeddings trained, AdamW, clipping at 1, four pairs a step.
+    GPT-J, 4 layers of which int(0.3 * 4) = 1 is trained, trained embeddings, AdamW, clipping at 1, four pairs per step.
     """
     model, length, steps = make_model(tmp_path / "model", "gptj"), 96, 10
     data = [
@@ -253,7 +253,7 @@ def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """Six prompts with four comparisons each around one chosen answer: five completions, which differ in length."""
+    """Six prompts with four comparisons each that share the chosen answer: five completions of different lengths."""
     folder = tmp_path_factory.mktemp("ranked")
     rows = make_comparisons(24, seed=5, per_prompt=4)
     return write_jsonl(folder / "train.jsonl", rows), write_jsonl(folder / "eval.jsonl", rows[:8])
@@ -312,7 +312,7 @@ def test_gradient_checkpointing_changes_nothing(model_folder, data, tmp_path):
 
 
 def test_a_row_of_8192_tokens_trains_within_4_gib(tmp_path):
-    """One prompt of 7,900 tokens with two answers. In a process of its own, whose peak is the largest of all of ours."""
+    """One prompt of 7,900 tokens with two answers, in a separate process, whose peak is the largest of all of ours."""
     model = make_model(tmp_path / "model", "gptj", n_positions=8192)
     rows = make_comparisons(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -333,7 +333,7 @@ def test_a_row_of_8192_tokens_trains_within_4_gib(tmp_path):
 
 @pytest.fixture(scope="module")
 def refused(model_folder, data, tmp_path_factory):
-    """refused(flags...) -> the one line that the command answers. All in one process, which saves the imports."""
+    """refused(flags...) -> the command's one-line answer. All calls run in one process, which saves the imports."""
     train = importlib.import_module("train")
 
     def run(capsys, *flags, **changes):
@@ -441,7 +441,7 @@ def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
 
 
 def test_any_number_of_tokens_at_once_gives_the_same_steps_and_evaluations(data, model_folder, tmp_path, server):
-    """By count, one prompt at a time, some, a whole step; two and three processes; resumed with another number."""
+    """By count, one prompt at a time, several, a whole step; two and three processes; resumed with another budget."""
 
     def run(name, *flags, world=1, steps=4):
         given = [
@@ -494,7 +494,7 @@ def test_any_number_of_tokens_at_once_gives_the_same_steps_and_evaluations(data,
 
 
 def test_compile_compiles_every_block_once(data, model_folder, tmp_path, server):
-    """What is compiled is torch's; here a function stands in its place, and the results are those without it."""
+    """Compilation is torch's own; a function replaces it here, and the results equal those without it."""
     patch = """
 import torch
 compiled = []

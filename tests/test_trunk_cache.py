@@ -1,7 +1,7 @@
-"""Frozen layers computed once: cached and uncached runs are equal to the bit, and nothing stale or torn is ever read.
+"""The cache of frozen layers: cached and uncached runs are bitwise equal, and nothing stale or damaged is ever read.
 
 Run: pytest tests/test_trunk_cache.py. Needs no network and no GPU; one and two gloo processes on the CPU.
-All runs here have one prompt a micro-step unless they say otherwise, since rounding depends on the shape of the rows.
+Runs have one prompt per micro-step unless stated otherwise, because rounding depends on the shape of the rows.
 """
 
 import errno
@@ -39,7 +39,7 @@ FLAGS = ["--max_length", 200, "--warmup_steps", 0, "--learning_rate", 1e-3, "--l
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """12 prompts with 23 comparisons to train on, 5 with 9 to evaluate on: 3 steps an epoch of 4 prompts, 6 in all."""
+    """12 prompts with 23 comparisons for training, 5 with 9 for evaluation: 3 steps of 4 prompts an epoch, 6 in all."""
     folder = tmp_path_factory.mktemp("data")
     train = write_jsonl(folder / "train.jsonl", make_comparisons(23, per_prompt=2))
     return train, write_jsonl(folder / "eval.jsonl", make_comparisons(9, seed=3, per_prompt=2))
@@ -52,7 +52,7 @@ def outcome(output: Path) -> tuple[list, dict]:
 
 
 def assert_equal(got: tuple, wanted: tuple) -> None:
-    """To the bit."""
+    """Assert that two outcomes are bitwise equal."""
     assert got[0] == wanted[0] and len(wanted[0]) > 5
     assert got[1].keys() == wanted[1].keys()
     assert all(torch.equal(got[1][name], value) for name, value in wanted[1].items())
@@ -89,7 +89,7 @@ def files(cache: Path) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "opt", "gpt_neox", *MORE])
 def test_cached_and_uncached_runs_are_equal_to_the_bit(family, trained, tmp_path, monkeypatch):
-    """The first cached run computes each of the 17 prompts once; the second computes nothing frozen at all."""
+    """The first cached run computes each of the 17 prompts once; the second runs no frozen layer at all."""
     if family in MORE:
         monkeypatch.setitem(CONFIGS, family, MORE[family])
     model, cache = make_model(tmp_path / "model", family), tmp_path / "cache"
@@ -144,7 +144,7 @@ def test_with_several_prompts_a_micro_step_they_agree_to_rounding(trained, model
 def test_two_processes_share_a_cache_and_keep_step_where_one_finds_less_than_the_other(
     frozen, server, model_folder, data, tmp_path
 ):
-    """Sharded frozen blocks are gathered by all ranks in every forward pass, skipped or not: nobody waits in vain."""
+    """All ranks gather sharded frozen blocks in every forward pass, skipped or not, so that none hangs."""
     patch = (
         "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0.0)"
         if frozen == "sharded"
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_reads_what_it_had_kept(trained, model_folder, data, 
 
 
 def test_a_run_killed_while_it_writes_is_taken_up_again(server, model_folder, data, tmp_path):
-    """kill -9 with half of the eighth file on disk: the seven before are used as they are, the result is the same."""
+    """kill -9 with half of the eighth file on disk: the first seven are reused, and the result is the same."""
     patch = """
 import os, signal
 replace, written = os.replace, []
@@ -207,7 +207,7 @@ os.replace = dies
 
 
 def test_a_file_that_is_not_as_it_was_written_is_computed_again(trained, model_folder, tmp_path):
-    """As after a power failure: one file cut short, one empty, one with zeros in the middle, one with other bytes."""
+    """Damage as after a power failure: one file truncated, one empty, one with zeros inside, one with other bytes."""
     cache = tmp_path / "cache"
     wanted = trained(model_folder("llama"), "--cache_trunk", cache)
     paths = sorted(cache.glob("*/*/*.safetensors"))
@@ -237,7 +237,7 @@ def changed_weight(folder: Path, name: str) -> None:
 
 
 def test_what_was_kept_for_something_else_is_not_read(trained, tmp_path):
-    """Each change gives another key, and the result of an uncached run with the same change."""
+    """Each change gives a new key and the result of an uncached run with the same change."""
     model, cache = make_model(tmp_path / "model", "llama"), tmp_path / "cache"
     trained(model, "--cache_trunk", cache)
 
@@ -318,7 +318,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tm
 
 
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
-    """The last block of one model adds what attention gave in the first; another trains a layer below the first block."""
+    """One model's last block adds the first block's attention output; another trains a layer below the first block."""
     config, args = CONFIGS["llama"](99), Namespace(train_embeddings=False, max_length=100)
     frozen, small, kept = Frozen([0, 1, 2], [], 4), probe.small_model, {}
 

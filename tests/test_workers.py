@@ -1,4 +1,4 @@
-"""A function on all cores: `python -m pytest tests/test_workers.py`. Two processes; no network."""
+"""Running a function on all cores: `python -m pytest tests/test_workers.py`. Two processes; no network."""
 
 import os
 import signal
@@ -80,7 +80,7 @@ list(on_all_cores(held, [(i,) for i in range(4)], 2))
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    """prepared(cores) -> the bytes of all files made of 100 prompts, and the report."""
+    """prepared(cores) -> the bytes of all files made from 100 prompts, and the report."""
     rows = make_comparisons(100, per_prompt=2)
     rows[30] |= {"chosen": "long " * 150}
     data, tokenizer = [str(write_jsonl(tmp_path / "data.jsonl", rows))], make_tokenizer()

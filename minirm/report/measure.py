@@ -32,9 +32,9 @@ def interval(correct: Tensor, prompt: Tensor) -> tuple[float, float]:
     Pairs of a prompt are not independent, so the variance comes from a jackknife that leaves out one prompt at a time.
     It gives the number of independent pairs with the same uncertainty, for which Wilson's interval is computed, with
     Student's t for the effective number of prompts (Kish: as if all had equally many pairs). The number of independent
-    pairs is at most P, in case the jackknife variance is too small by chance; if nothing varies (all correct), it is the
-    effective number of prompts. Covers 93 to 97 % for 60 to 300 prompts (tests/test_measure.py), and 92 % for 60 uneven
-    prompts at an accuracy of 0.9 if most are all right or all wrong.
+    pairs is at most P, in case the jackknife variance is too small by chance; if nothing varies (all correct), it is
+    the effective number of prompts. Covers 93 to 97 % for 60 to 300 prompts (tests/test_measure.py), and 92 % for 60
+    uneven prompts at an accuracy of 0.9 if most are all right or all wrong.
     """
     _, number = prompt.unique(return_inverse=True)
     sizes = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, torch.ones_like(correct))

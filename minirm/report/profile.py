@@ -14,7 +14,7 @@ PROFILED = ("matrix products", "attention", "other operations", "communication",
 
 
 def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) -> Callable[[], None]:
-    """Return a function to call after every step. From the third on, it profiles `steps` of the `coming` steps; 0: none.
+    """Return a function to call after every step. From the third on, it profiles `steps` of `coming` steps; 0: none.
 
     Then every process writes its Chrome trace to `output`, and rank 0 prints where the time went.
     """

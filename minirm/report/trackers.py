@@ -13,8 +13,8 @@ def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -
     """Open the trackers of --report_to. Returns a function that sends them the numbers of a metrics.jsonl row.
 
     Metrics are named as by transformers' Trainer: `train/loss`, `eval/accuracy`. A run resumed after `start` steps
-    continues in the same TensorBoard folder, which hides the rows that came after, and in the same Weights & Biases run,
-    which shows them twice. Raises InputError if Weights & Biases refuses (no key, no network).
+    continues in the same TensorBoard folder, which hides the rows that came after, and in the same Weights & Biases
+    run, which shows them twice. Raises InputError if Weights & Biases refuses (no key, no network).
     """
     writer = run = None
     if "tensorboard" in names:
