@@ -35,7 +35,7 @@ from tokenizers import Tokenizer, models
 
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import init_head
-from minirm.shard import cast_frozen, start_processes
+from minirm.shard import start_processes
 from minirm.trunk_cache import TrunkCache
 
 METHODS = {
@@ -117,7 +117,9 @@ def published(trunk: torch.nn.Module, groups: list[dict], dtype: torch.dtype, pa
     pairs = [pair for group in groups for pair in one_comparison_each(group)]
     device = trunk.device
     freeze_bottom_layers(trunk, 0.7, embeddings=False)
-    cast_frozen(trunk, dtype)
+    for parameter in trunk.parameters():
+        if not parameter.requires_grad and parameter.dim() > 1:  # norms read the fp32 states of trained embeddings
+            parameter.data = parameter.data.to(dtype)
     head = torch.nn.Parameter(init_head(trunk.config.hidden_size, 0).to(device))
     trained = [*(p for p in trunk.parameters() if p.requires_grad), head]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
@@ -213,12 +215,15 @@ def unavoidable(groups: list[dict], config, lora: bool = False) -> tuple[float, 
     return frozen * (products + attention), (len(blocks) - frozen) * ((2 if lora else 3) * products + 3 * attention)
 
 
-def matmul_rate(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of [tokens, width] x [width, 4 width], about 0.2 s of them on a CPU core."""
+def matmul_rate(tokens: int, width: int, dtype: torch.dtype, device: torch.device, total: float = 0) -> float:
+    """Floating-point operations per second of [tokens, width] x [width, 4 width].
+
+    total: operations; 0: about 0.2 s of them on a CPU core, in fp32.
+    """
     a = torch.randn(tokens, width, dtype=dtype, device=device)
     b = torch.randn(width, 4 * width, dtype=dtype, device=device)
     flop = 2 * a.numel() * b.shape[1]
-    count = max(1, int((2e13 if device.type == "cuda" else 2e10) / flop))
+    count = max(1, int((total or (2e13 if device.type == "cuda" else 2e10)) / flop))
     a @ b
     synchronize()
     begin = time.perf_counter()
