@@ -21,6 +21,7 @@ Every part runs in a process of its own, with a time limit. The results file is 
 
 import argparse
 import gc
+import importlib
 import io
 import json
 import math
@@ -339,9 +340,12 @@ class Speed:
         self.device, self.mesh, *_ = start_processes()
         self.config, self.dtype = config_of(family, tiny), dtype_of(family, tiny)
         self.trainer: Trainer | None = None
+        self.plans: dict[tuple, float] = {}  # bytes, by flags and layout
         generator = torch.Generator().manual_seed(1)
         shapes = shapes_of(family, tiny)
-        self.groups = {name: make_groups(ACCUMULATION if tiny else PROMPTS, *shape, generator) for name, shape in shapes.items()}
+        self.groups = {
+            name: make_groups(ACCUMULATION if tiny else PROMPTS, *shape, generator) for name, shape in shapes.items()
+        }
         product = (64 if tiny else TOKENS), self.config.hidden_size, self.dtype, self.device, 1e7 if tiny else 1e14
         rates = [matmul_rate(*product) for _ in range(4)]
         self.rate = statistics.median(rates[1:])  # the first one warms up
@@ -365,8 +369,11 @@ class Speed:
         flags += ["--lora_rank", RANK] if method == "lora" else []
         cuda = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(self.device).total_memory / 1e9 if cuda else 80
-        args = train.parse_args([str(flag) for flag in [*flags, "--device", memory, 400, 300]])
-        return estimate(self.config, args, self.dtype, layout)["peak"]
+        words = (*map(str, flags), "--device", str(memory), "400", "300")
+        if (words, layout) not in self.plans:
+            args = train.parse_args([*words])
+            self.plans[words, layout] = estimate(self.config, args, self.dtype, layout)["peak"]
+        return self.plans[words, layout]
 
     def make(self, method: str, groups: list[dict]) -> Callable:
         """A function that trains on all groups: (pairs, tokens, the same with pads, seconds)."""
@@ -377,7 +384,7 @@ class Speed:
             padded = max(PADDED, max(len(g["prefix"]) + max(map(len, g["completions"])) for g in groups))
             return published(self.random_model(transformers.AutoModel), groups, self.dtype, 64 if self.tiny else padded)
         if self.trainer is None:
-            backend = "" if method != "compiled" else "eager" if self.tiny else "inductor"  # eager needs no compiler
+            backend = "inductor" if method == "compiled" and not self.tiny else ""  # takes a compiler, and long
             self.trainer = Trainer(
                 self.config, None, self.device, self.mesh, self.dtype, lora_rank=RANK if method == "lora" else 0,
                 backend=backend, row_limit=8192,
@@ -474,6 +481,18 @@ def run_part(part: str, tiny: bool) -> None:
     parts = {"correctness": correctness, "profile": profile}
     for found in parts[part](tiny) if part in parts else speed(family, group, tiny):
         print(json.dumps(found), flush=True)
+
+
+def warm_up() -> None:
+    """Import what a dry run needs, once for all the processes that are forked."""
+    for module in (
+        "torch._dynamo",
+        "torch.distributed.tensor._ops",
+        *["trl.trainer.reward_trainer"] * bool(find_spec("trl")),
+    ):
+        importlib.import_module(module)
+    for family in TITLES:
+        transformers.AutoModelForSequenceClassification.from_config(config_of(family, tiny=True))
 
 
 def forked(part: str, out, err) -> None:
@@ -620,8 +639,7 @@ def main(argv: list[str] | None = None) -> None:
         return run_part(args.part, args.dry_run)
     if args.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        if find_spec("trl"):
-            import trl.trainer.reward_trainer  # noqa: F401 - once, for all forked processes
+        warm_up()
     elif not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --dry_run goes through all of it on the CPU")
     results: dict[str, dict] = {}
