@@ -32,7 +32,6 @@ import torch
 import transformers
 from rows import DTYPES, SHAPES, Trainer, make_config, make_groups, one_comparison_each
 from tokenizers import Tokenizer, models
-from trl import RewardConfig, RewardTrainer
 
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.model import init_head
@@ -53,28 +52,32 @@ MARKS = "<!-- peers -->", "<!-- /peers -->"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def save_model(folder: Path, args) -> None:
-    """A random causal language model as a user has it in a folder; its tokenizer is never asked anything."""
+def unused_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """What TRL wants to have beside a model; it is never asked anything."""
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def save_model(folder: Path, args) -> None:
+    """A random causal language model as a user has it in a folder."""
     config = make_config(args.model, args.width, args.layers)
     config.update({"pad_token_id": 0, "eos_token_id": 1})
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unused_tokenizer().save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Each of these returns a function that trains on all comparisons: (pairs, real tokens, the same with pads, seconds).
 
 
-def trl(folder: Path, groups: list[dict], args, frozen: bool, checkpointing: bool) -> Callable:
+def trl(
+    model: str | transformers.PreTrainedModel, groups: list[dict], output: Path, dtype: torch.dtype, checkpointing=True
+) -> Callable:
+    from trl import RewardConfig, RewardTrainer  # slow to import, and not everywhere
+
     pairs = [pair for group in groups for pair in one_comparison_each(group)]
     ids = [[pair["prefix"] + tail for tail in pair["completions"]] for pair in pairs]
-    model: str | transformers.PreTrainedModel = str(folder)
-    if frozen:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-        freeze_bottom_layers(model, 0.7)
     clock = []
 
     class Clock(transformers.TrainerCallback):
@@ -88,12 +91,12 @@ def trl(folder: Path, groups: list[dict], args, frozen: bool, checkpointing: boo
     options = {} if checkpointing else {"gradient_checkpointing": False}
     trainer = RewardTrainer(
         model=model,
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        processing_class=unused_tokenizer(),
         train_dataset=datasets.Dataset.from_dict({"chosen_ids": [c for c, _ in ids], "rejected_ids": [r for _, r in ids]}),
         callbacks=[Clock()],
         args=RewardConfig(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=1, gradient_accumulation_steps=ACCUMULATION,
-            num_train_epochs=1, learning_rate=1e-5, bf16=args.precision == "bf16", fp16=args.precision == "fp16",
+            output_dir=str(output), per_device_train_batch_size=1, gradient_accumulation_steps=ACCUMULATION,
+            num_train_epochs=1, learning_rate=1e-5, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
             use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no", logging_strategy="no",
             disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(), **options,
         ),
@@ -109,13 +112,15 @@ def trl(folder: Path, groups: list[dict], args, frozen: bool, checkpointing: boo
     return run
 
 
-def published(folder: Path, groups: list[dict], args, device: torch.device) -> Callable:
+def published(trunk: torch.nn.Module, groups: list[dict], dtype: torch.dtype, padded: int = PADDED) -> Callable:
     """Both texts padded, one batch, a loss for each pair; the plain loop spares it its own trainer's overhead."""
     pairs = [pair for group in groups for pair in one_comparison_each(group)]
-    dtype = DTYPES[args.precision]
-    trunk = transformers.AutoModel.from_pretrained(folder).to(device)
+    device = trunk.device
     freeze_bottom_layers(trunk, 0.7, embeddings=False)
-    head = torch.nn.Parameter(init_head(args.width, 0).to(device))
+    for parameter in trunk.parameters():
+        if not parameter.requires_grad and parameter.dim() > 1:  # norms read the fp32 states of trained embeddings
+            parameter.data = parameter.data.to(dtype)
+    head = torch.nn.Parameter(init_head(trunk.config.hidden_size, 0).to(device))
     trained = [*(p for p in trunk.parameters() if p.requires_grad), head]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -125,7 +130,7 @@ def published(folder: Path, groups: list[dict], args, device: torch.device) -> C
         for first in range(0, len(pairs), ACCUMULATION):
             for pair in pairs[first : first + ACCUMULATION]:
                 texts = [pair["prefix"] + tail for tail in pair["completions"]]
-                ids, mask = torch.zeros(2, PADDED, dtype=torch.int64), torch.zeros(2, PADDED, dtype=torch.int64)
+                ids, mask = torch.zeros(2, padded, dtype=torch.int64), torch.zeros(2, padded, dtype=torch.int64)
                 for row, text in enumerate(texts):
                     ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -141,7 +146,7 @@ def published(folder: Path, groups: list[dict], args, device: torch.device) -> C
             optimizer.zero_grad()
         synchronize()
         real = sum(len(pair["prefix"]) + len(tail) for pair in pairs for tail in pair["completions"])
-        return len(pairs), real, len(pairs) * 2 * PADDED, time.perf_counter() - begin
+        return len(pairs), real, len(pairs) * 2 * padded, time.perf_counter() - begin
 
     return run
 
@@ -172,10 +177,15 @@ def ours(folder: Path, groups: list[dict], args, device, mesh, layout: str, cach
 
 
 def make(method: str, folder: Path, groups: list[dict], args, device, mesh) -> Callable:
+    dtype = DTYPES[args.precision]
     if method in "abB":
-        return trl(folder, groups, args, frozen=method != "a", checkpointing=method != "B")
+        model: str | transformers.PreTrainedModel = str(folder)
+        if method != "a":
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+            freeze_bottom_layers(model, 0.7)
+        return trl(model, groups, folder / "trl", dtype, checkpointing=method != "B")
     if method == "c":
-        return published(folder, groups, args, device)
+        return published(transformers.AutoModel.from_pretrained(folder).to(device), groups, dtype)
     return ours(folder, groups, args, device, mesh, "separate" if method == "d" else "shared", cached=method == "f")
 
 
@@ -188,10 +198,10 @@ def synchronize() -> None:
 # What is shown beside the times
 
 
-def unavoidable(groups: list[dict], args) -> tuple[float, float]:
-    """Floating-point operations for one pass: (in the frozen layers, in all else)."""
+def unavoidable(groups: list[dict], config, lora: bool = False) -> tuple[float, float]:
+    """Floating-point operations for one pass: (in the frozen layers, in all else). lora: no gradient of any matrix."""
     with torch.device("meta"):
-        model = transformers.AutoModel.from_config(make_config(args.model, args.width, args.layers))
+        model = transformers.AutoModel.from_config(config)
     frozen = len(freeze_bottom_layers(model, 0.7).layers)
     blocks = find_blocks(model)[1]
     weights = sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, torch.nn.Linear))
@@ -200,17 +210,20 @@ def unavoidable(groups: list[dict], args) -> tuple[float, float]:
         prefix, tails = len(group["prefix"]), [len(tail) for tail in group["completions"]]
         tokens += prefix + sum(tails)
         seen += prefix * (prefix + 1) // 2 + sum(tail * prefix + tail * (tail + 1) // 2 for tail in tails)
-    forward = 2 * weights * tokens + 4 * args.width * seen
+    products, attention = 2 * weights * tokens, 4 * config.hidden_size * seen
     # Backward: as much again for the inputs of every product, and for its other side.
-    return frozen * forward, (len(blocks) - frozen) * 3 * forward
+    return frozen * (products + attention), (len(blocks) - frozen) * ((2 if lora else 3) * products + 3 * attention)
 
 
-def matmul_rate(tokens: int, args, device: torch.device) -> float:
-    """Floating-point operations per second of [tokens, width] x [width, 4 width], about 0.2 s of them on a CPU core."""
-    a = torch.randn(tokens, args.width, dtype=DTYPES[args.precision], device=device)
-    b = torch.randn(args.width, 4 * args.width, dtype=a.dtype, device=device)
+def matmul_rate(tokens: int, width: int, dtype: torch.dtype, device: torch.device, total: float = 0) -> float:
+    """Floating-point operations per second of [tokens, width] x [width, 4 width].
+
+    total: operations; 0: about 0.2 s of them on a CPU core, in fp32.
+    """
+    a = torch.randn(tokens, width, dtype=dtype, device=device)
+    b = torch.randn(width, 4 * width, dtype=dtype, device=device)
     flop = 2 * a.numel() * b.shape[1]
-    count = max(1, int((2e13 if device.type == "cuda" else 2e10) / flop))
+    count = max(1, int((total or (2e13 if device.type == "cuda" else 2e10)) / flop))
     a @ b
     synchronize()
     begin = time.perf_counter()
@@ -318,12 +331,12 @@ def main() -> None:
             tokens = sum(len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups[name]) // args.prompts
             for turn in range(args.repeat + 1):
                 for method, run in runs.items():
-                    rates.append(matmul_rate(tokens, args, device))
+                    rates.append(matmul_rate(tokens, args.width, DTYPES[args.precision], device))
                     *counts[method], took = run()
                     if turn:  # the first one warms up
                         seconds[method].append(took)
             rows = results[name] = {}
-            frozen, rest = unavoidable(groups[name], args)
+            frozen, rest = unavoidable(groups[name], make_config(args.model, args.width, args.layers))
             for method, (pairs, real, padded) in counts.items():
                 flop = frozen + EPOCHS * rest if method == "f" else frozen + rest
                 median = statistics.median(seconds[method])

@@ -11,17 +11,19 @@ import argparse
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import combinations
 
 import torch
 import transformers
 
 from minirm.attention import attention_mask, use_sdpa
-from minirm.freeze import freeze_bottom_layers
+from minirm.freeze import find_blocks, freeze_bottom_layers
+from minirm.lora import add_lora, init_lora
 from minirm.loss import divergence_loss
-from minirm.model import RewardModel, empty_model
+from minirm.model import RewardModel, empty_model, init_head, saved_tensors
 from minirm.rows import collate
-from minirm.shard import cast_frozen, fill, shard, start_processes
+from minirm.shard import begin_micro_step, cast_frozen, fill, shard, start_processes
 
 SHAPES = {  # prompt tokens, answer tokens, answers a prompt; lengths vary by a quarter around these
     "(a) summaries, 1 comparison a prompt": (340, 38, 2),
@@ -72,16 +74,35 @@ def one_comparison_each(group: dict) -> list[dict]:
     ]  # fmt: skip
 
 
+def random_rows(shapes: dict[str, torch.Tensor], device, name: str, start: int, stop: int | None) -> torch.Tensor:
+    """Rows of a tensor of a random model, made on the device: norms begin at one, as in a model that trains."""
+    shape = shapes[name].shape
+    if name == "score.weight":
+        return init_head(shape[1], 0)[start:stop].to(device)
+    if len(shape) < 2:
+        return torch.full(shape, float(name.endswith("weight")), device=device)[start:stop]
+    return torch.randn(stop - start, *shape[1:], device=device) * shape[-1] ** -0.5
+
+
 class Trainer:
     """What train.py does to a model, and its optimizer step, without files and flags."""
 
-    def __init__(self, config, weights: dict[str, torch.Tensor], device, mesh, dtype: torch.dtype):
-        self.model, self.device, self.dtype = empty_model(config), device, dtype
+    def __init__(
+        self, config, weights: dict[str, torch.Tensor] | None, device, mesh, dtype: torch.dtype, *, freeze_ratio=0.7,
+        lora_rank=0, backend="", row_limit=1100,
+    ):  # fmt: skip
+        """weights: None makes random ones on the device, without a copy on the CPU; backend: of torch.compile, "": none."""
+        self.model, self.device, self.dtype, self.row_limit = empty_model(config), device, dtype, row_limit
         use_sdpa(self.model.trunk)
-        self.frozen = freeze_bottom_layers(self.model, 0.7)
+        self.frozen = freeze_bottom_layers(self.model, freeze_ratio)
+        add_lora(self.model, lora_rank, 2.0 * lora_rank, self.frozen)
+        for block in find_blocks(self.model)[1] if backend else ():
+            block.compile(dynamic=True, backend=backend)
         cast_frozen(self.model, dtype)
         shard(self.model, mesh, dtype)
-        fill(self.model, device, False, None, None, lambda: weights)
+        read = None if weights else partial(random_rows, dict(saved_tensors(self.model)), device)
+        fill(self.model, device, False, None, read, lambda: weights)
+        init_lora(self.model, 0)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -91,8 +112,8 @@ class Trainer:
         """One optimizer step -> (pairs, tokens computed, the same with padding)."""
         pairs = tokens = places = 0
         for m, groups in enumerate(micro_steps):
-            self.model.set_requires_gradient_sync(m == len(micro_steps) - 1)
-            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=1100)
+            begin_micro_step(self.model, last=m == len(micro_steps) - 1)
+            batch = collate(groups, row_layout=layout, pad_id=0, row_limit=self.row_limit)
             mask = attention_mask(
                 batch.segments, batch.position_ids, batch.visible, self.model.trunk.config, self.dtype, self.device
             )
