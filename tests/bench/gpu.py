@@ -1,17 +1,17 @@
 """What minirm does on one GPU: whether it is correct there, how fast it is at real size, and where the time goes.
 
-    python tests/bench/gpu.py --output gpu.json     # seven minutes on one H100 or H200; no network
+    python tests/bench/gpu.py --output gpu.json     # about seven minutes on one H100 or H200; no network
     python tests/bench/gpu.py --write gpu.json      # put a table of these results into README.md
     python tests/bench/gpu.py --dry_run             # all of it with tiny models on the CPU, to see that it runs
 
 correctness    rewards as on the CPU, shared rows as separate ones, fp16 overflow, resuming, and flags that must not
                change a run: each with its largest difference and whether that is small enough (`ok`)
 gptj_*         a GPT-J-6B shape in fp16: summaries (a prompt of 340 tokens, two answers of 38) and rankings (four answers)
-llama_*        a Llama-8B shape in bf16: chats of 4,000 tokens
+llama_*        a Llama-8B shape in bf16: chats (a prompt of 2,900 tokens, two answers of 400)
 profile        the five kernels of a step of GPT-J with shared rows that take the most time
 
-Models are random and made on the device. All methods take four prompts a step, AdamW and clipping, with the bottom 70 %
-frozen except in TRL's trainer, which runs as it comes. Speeds are medians of timed passes over the same prompts after one
+Models are random and made on the device. Steps are of four prompts (the published scheme, TRL: of four pairs), with AdamW
+and clipping; the bottom 70 % are frozen except in TRL's trainer, which runs as it comes. Speeds are means of two timed passes over eight prompts after one
 pass to warm up. `of_plan` is the peak over what `train.py --plan` says for the same flags and rows. `of_card` counts the
 operations that nobody can avoid (see peers.py) as a share of what matrix products reach on the card in the same process.
 TRL trains all layers, so that it computes more than is counted.
@@ -40,6 +40,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -83,7 +84,7 @@ GROUPS = {  # methods that share a process and a model
     "compiled": ["compiled"],
     "trl": ["trl"],
 }
-LIMITS = {"rows": 75, "published": 60, "lora": 45, "compiled": 120, "trl": 90}  # seconds
+LIMITS = {"rows": 110, "published": 60, "lora": 45, "compiled": 120, "trl": 90}  # seconds
 TITLES = {"gptj": "GPT-J-6B shape, fp16", "llama": "Llama-8B shape, bf16"}
 PARTS = {
     "correctness": 150,
@@ -113,7 +114,7 @@ FAMILIES = {
                "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
 }  # fmt: skip
 EXACT = 1e-4  # of the largest reward, in fp32
-ROUNDED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # a wrong mask changes rewards by about their own size
+ROUNDED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # a wrong mask changes rewards by 0.2 and more
 WORDS = ["the", "a", "good", "bad", "answer", "question", "is", "was", "very", "short", "long", "clear"]
 
 
@@ -234,10 +235,8 @@ class Runs:
                 caught.append(signal.SIGTERM)
             return agree(caught, losses)
 
-        train.run.agree = signalled
-        with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+        with patch.object(train.run, "agree", signalled), redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
             code = train.main([str(word) for word in words])
-        train.run.agree = agree
         if code != (128 + signal.SIGTERM if stop_after else 0):
             raise RuntimeError(f"train.py {name}: exit code {code}: {one_line(said.getvalue()[-200:])}")
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -253,7 +252,8 @@ class Runs:
         if len(found) != len(wanted):
             raise RuntimeError(f"{len(found)} losses instead of {len(wanted)}")
         difference = max(abs(a - b) for a, b in zip(found, wanted))
-        return {"largest_difference": difference, "learned": wanted[0] - wanted[-1], "ok": difference <= EXACT}
+        ok = difference <= (EXACT if precision == "fp32" else 10 * EXACT)  # gradients on GPUs vary in the last digit
+        return {"largest_difference": difference, "learned": wanted[0] - wanted[-1], "ok": ok}
 
     def resumed(self) -> dict:
         """Stopped after two steps and gone on with, in fp16."""
@@ -411,14 +411,14 @@ class Speed:
 
     def measure(self, method: str, groups: list[dict]) -> dict:
         cuda = self.device.type == "cuda"
+        run = self.make(method, groups)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        run = self.make(method, groups)
         run()  # warms up, and fills the cache
         scale = self.trainer.scaler.get_scale() if self.trainer else 1.0
-        passes = [run() for _ in range(1 if self.tiny else 3)]
+        passes = [run() for _ in range(1 if self.tiny else 2)]
         peak = torch.cuda.max_memory_allocated() if cuda else None
-        (pairs, tokens, places, _), seconds = passes[0], statistics.median(times[-1] for times in passes)
+        (pairs, tokens, places, _), seconds = passes[0], statistics.mean(times[-1] for times in passes)
         frozen, rest = unavoidable(groups, self.config, lora=method == "lora")
         plan = self.planned(method, groups)
         return {
@@ -437,9 +437,6 @@ class Speed:
 
 
 def speed(family: str, group: str, tiny: bool) -> Iterator[dict]:
-    if group == "trl" and not find_spec("trl"):
-        yield about() | {shape: {"trl": "not installed"} for shape in shapes_of(family, tiny)}
-        return
     with tempfile.TemporaryDirectory() as temporary:
         runs = Speed(family, tiny, Path(temporary))
         found: dict = about() | {"matmul_tflops": runs.rate / 1e12} | {shape: {} for shape in runs.groups}
@@ -461,8 +458,9 @@ def profile(tiny: bool) -> Iterator[dict]:
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=kinds) as profiled:
         *_, seconds = run()
-    # Kernels alone: the operations that launch them have the same times.
-    events = [e for e in profiled.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
+    # Kernels alone: the operations and named ranges that launch them have the same times.
+    on_gpu = lambda e: e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    events = [e for e in profiled.key_averages() if not cuda or on_gpu(e)]
     spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
     total, most = sum(spent.values()), sorted(spent, key=spent.__getitem__, reverse=True)[:5]
     top = [{"name": name[:80], "milliseconds": spent[name] / 1e3, "share": spent[name] / total} for name in most]
@@ -503,6 +501,8 @@ def forked(part: str, out, err) -> None:
 
 def answer(part: str, limit: float, dry_run: bool) -> dict:
     """What a part found in a process of its own. A dry run forks: it has no GPU to start anew, and imports take long."""
+    if part.endswith("_trl") and not find_spec("trl"):
+        return {shape: {"trl": "not installed"} for shape in shapes_of(part.partition("_")[0], dry_run)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if dry_run:
             process = multiprocessing.get_context("fork").Process(target=forked, args=(part, out, err))
