@@ -127,15 +127,18 @@ def test_operations_are_those_of_the_matrices_and_attention_in_every_family(fami
     assert found[ACTIVATIONS] > 0
 
 
-@pytest.mark.parametrize("family, micro_steps, checkpointing", [("gptj", 1, False), ("gpt2", 2, True)])
-def test_memory_is_what_a_process_takes(family, micro_steps, checkpointing):
+@pytest.mark.parametrize(
+    "family, micro_steps, checkpointing, rank", [("gptj", 1, False, 0), ("gpt2", 2, True, 0), ("llama", 2, False, 16)]
+)
+def test_memory_is_what_a_process_takes(family, micro_steps, checkpointing, rank):
     """Measured in a separate process. tests/bench/memory.py has more cases, including processes that share a copy."""
-    case = {"family": family, "accumulation": micro_steps, "checkpointing": checkpointing}
+    case = {"family": family, "accumulation": micro_steps, "checkpointing": checkpointing, "lora_rank": rank}
     case |= {"width": 256, "layers": 4, "batch": 2, "max_length": 300, "world_size": 1}
     plan, found = memory.expected(case), memory.measure(case)
     for name in ("frozen", "trained", "gradients", "moments"):
         assert plan[name] == pytest.approx(found[name], rel=0.05), name
-    assert plan["peak"] == pytest.approx(found["peak"], rel=0.2)
+    # 17 MB that libraries take for themselves weigh more the smaller a case is.
+    assert plan["peak"] == pytest.approx(found["peak"], rel=0.3 if rank else 0.2)
     assert found["peak"] > 1.3 * sum(found[name] for name in ("frozen", "trained", "moments"))  # activations matter
 
 

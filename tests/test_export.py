@@ -29,15 +29,17 @@ LEFT = [family for family in FAMILIES if family != "gpt2"]
 # Of the last evaluation: [[ids of a held-out answer with its prompt, the trainer's reward], ...].
 NOTE_REWARDS = """
 import json, os, torch
-collate, comparison_loss, noted, groups = train.collate, train.comparison_loss, {}, []
+collate, comparison_loss, noted, groups = train.collate, train.comparison_loss, {}, {}
 
-def collate_and_note(some, **options):
-    groups[:] = some
-    return collate(some, **options)
+def collate_and_note(some, **options):  # in a thread, ahead of the evaluation
+    batch = collate(some, **options)
+    groups[id(batch.input_ids)] = some, batch  # kept, so that no other tensor gets this id
+    return batch
 
 def compare_and_note(args, batch, rewards):
     if not torch.is_grad_enabled():  # an evaluation
-        pairs = [(g, g[side][i]) for side in ("chosen", "rejected") for g in groups for i in range(len(g["chosen"]))]
+        here = groups[id(batch.input_ids)][0]  # on a CPU the batch is not copied
+        pairs = [(g, g[side][i]) for side in ("chosen", "rejected") for g in here for i in range(len(g["chosen"]))]
         for (group, k), reward in zip(pairs, torch.cat(batch.end_rewards(rewards)).tolist()):
             noted[tuple(group["prefix"] + group["completions"][k])] = reward
         with open(os.environ["NOTED"], "w") as file:

@@ -34,6 +34,7 @@ def test_every_flag_in_readme_is_one_of_train_py_or_of_a_command_that_is_named(r
         "seeds",
         "threads",
         "rounds",
+        "dry_run",
     }
     flags = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert flags - set(recipe) - others == set()
