@@ -56,6 +56,15 @@ NARROW = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+GEMMA_4 = NARROW | {
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 8,
+}
 # By hand, where sizes hang together in ways of their own.
 BY_HAND = {
     "bamba": NARROW | MAMBA_2 | {"attn_layer_indices": [1]},
@@ -74,26 +83,8 @@ BY_HAND = {
         "activation_sparsity_pattern": [0.0] * 4,
         "sliding_window": 8,
     },
-    "gemma4_text": NARROW
-    | {
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 8,
-        "sliding_window": 8,
-    },
-    "gemma4_unified_text": NARROW
-    | {
-        "head_dim": 16,
-        "global_head_dim": 16,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 8,
-        "sliding_window": 8,
-    },
+    "gemma4_text": GEMMA_4,
+    "gemma4_unified_text": GEMMA_4,
     "granitemoehybrid": NARROW
     | MAMBA_2
     | {
