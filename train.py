@@ -319,7 +319,9 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     head = trained["score.weight"]
     rates = [([p for p in trained.values() if p is not head], args.learning_rate), ([head], args.head_learning_rate)]
     by_rate = [{"params": parameters, "lr": rate} for parameters, rate in rates]
-    optimizer = torch.optim.AdamW(by_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        by_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
     scheduler = transformers.get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, total_steps)
     home = "cpu" if args.cpu_offload else device.type  # where gradients are after backward
     scaler = torch.amp.GradScaler(home, enabled=dtype == torch.float16)  # a no-op when disabled
