@@ -33,6 +33,8 @@ def test_every_flag_in_readme_is_one_of_train_py_or_of_a_command_that_is_named(r
         "write",
         "seeds",
         "threads",
+        "pairs",
+        "processes",
         "rounds",
         "dry_run",
     }
