@@ -197,7 +197,7 @@ class {name}(GenericForSequenceClassification, {base.__name__}):
     @staticmethod
     def plain(module, inputs, output):
         """What the forward pass above expects; recurrent models return less."""
-        return output if hasattr(output, "attentions") else BaseModelOutputWithPast(output[0])
+        return output if "WithPast" in type(output).__name__ else BaseModelOutputWithPast(output[0])
 '''
 
 
