@@ -195,10 +195,19 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
         cls = trunk_cls
     prefix = "" if cls is trunk_cls else cls.base_model_prefix + "."
     with loading(name):
-        if text is not stored:  # a multimodal model: take only its decoder's tensors
+        if text is not stored:  # a multimodal model: read only the tensors of its decoder
             tensors = decoder_tensors(source["pretrained_model_name_or_path"], text, prefix)
             source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
-        model, info = cls.from_pretrained(**source, config=text, dtype="auto", output_loading_info=True)
+        options = {**source, "config": text, "dtype": "auto", "output_loading_info": True}
+        model, info = cls.from_pretrained(**options)
+        if (
+            cls is trunk_cls
+            and info["missing_keys"]
+            and (whole := auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None))
+        ):
+            # transformers renames tensors of DeepSeek V4's language model that it does not find for its trunk.
+            prefix = whole.base_model_prefix + "."
+            model, info = whole.from_pretrained(**options)
         if lora:
             from peft import PeftModel
 
@@ -209,15 +218,21 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
         if keys:
             raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
-    known = trunk.get_input_embeddings().num_embeddings
-    if config.vocab_size > text.vocab_size and known != text.vocab_size:  # CPM-Ant's prompts follow its tokens
-        raise InputError(
-            f"--model {name}: it has {known} embeddings for {text.vocab_size} tokens, so none can be added for a pad "
-            "token; give its tokenizer a pad_token other than EOS"
-        )
-    if config.vocab_size > known:
+    if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-        trunk.get_input_embeddings().weight.data[known:] = 0.0  # nothing attends to the pad token
+        trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never attended to
+    if (
+        config.vocab_size > text.vocab_size
+    ):  # CPM-Ant's prompts follow its tokens; DeepSeek V4 has other tables by token
+        with torch.device("meta"):
+            sizes = {name: tensor.shape for name, tensor in AutoModel.from_config(config).state_dict().items()}
+        if unlike := [
+            key for key, tensor in trunk.state_dict().items() if tensor.shape != sizes.get(key, tensor.shape)
+        ]:
+            raise InputError(
+                f"--model {name}: {unlike[0]} has no room for one more token for padding; give its tokenizer a pad_token "
+                "other than EOS"
+            )
     head = model.score.weight.detach() if rewards else init_head(width(trunk.config), seed, published)
     return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
