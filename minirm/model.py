@@ -5,6 +5,7 @@ import json
 import math
 import re
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def init_head(hidden_size: int, seed: int, published: bool = False) -> Tensor:
     return head if published else HEAD_SCALE * head
 
 
+@cache  # for a name on the hub every look is a request
 def lora_of(name: str) -> dict:
     """adapter_config.json of a LoRA adapter, {} for any other model."""
     path = None

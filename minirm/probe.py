@@ -20,10 +20,8 @@ PROBE_ROWS = [(9, [2, 8, 5]), (4, [7, 3])]
 PROBE_WINDOW, PROBE_SWITCH = 5, 15  # shorter than every text; between the longest text and the others
 PROBE_VOCABULARY = 64
 PROBE_TRIES = 8  # new weights and ids each time: if attention selects by content, one try may miss a difference
-TOLERANCE, WRONG = (
-    1e-4,
-    1e-2,
-)  # relative to the largest value: exact results differ by 2e-6 (unscaled GPT-Neo 3e-5), a wrong mask by >= 1e-2
+# Differences relative to the largest value. Exact results differ by 2e-6 (unscaled GPT-Neo 3e-5).
+TOLERANCE, WRONG = 1e-4, 1e-2  # at most; at least with a wrong mask
 
 
 def probe_shared_rows(config, max_length=math.inf):

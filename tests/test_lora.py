@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from conftest import CONFIGS, make_comparisons, read_metrics, refusal, write_jsonl
+from processes import COLLECTIVES
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -171,25 +172,6 @@ def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, mo
     ]
 
 
-COUNT = """
-import json
-from torch.utils._python_dispatch import TorchDispatchMode
-calls = []
-class Count(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("c10d::"):
-            calls.append(func.name())
-        return func(*args, **(kwargs or {}))
-main = train.main
-def counted(argv):
-    with Count():
-        code = main(argv)
-    open(f"{argv[argv.index('--output_dir') + 1]}/calls-{rank}.json", "w").write(json.dumps(calls))
-    return code
-train.main = counted
-"""
-
-
 def test_adapters_cost_no_collective_of_their_own(server, model_folder, tmp_path):
     """14 adapted matrices: a step has as many collectives as one that trains the head alone, which travels with them."""
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
@@ -197,9 +179,9 @@ def test_adapters_cost_no_collective_of_their_own(server, model_folder, tmp_path
     def collectives(name, steps, *flags):
         given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", steps]
         given += ["--output_dir", tmp_path / name, "--max_length", 64, "--eval_steps", 0, "--save_steps", 0, *flags]
-        run = server.run(*given, "--logging_steps", 0, world=2, patch=COUNT)
+        run = server.run(*given, "--logging_steps", 0, world=2, patch=COLLECTIVES)
         assert run.codes == [0, 0], run.text()[-3000:]
-        return len(json.loads((tmp_path / name / "calls-0.json").read_text()))
+        return len(json.loads((tmp_path / name / "collectives-0.json").read_text()))
 
     lora, head = ["--lora_rank", 4, "--freeze_ratio", 0.5], ["--freeze_ratio", 1]
     of_a_step = [

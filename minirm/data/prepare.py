@@ -144,14 +144,12 @@ def read_examples(
     schema, scored = None, {}
     for where, row in read_rows(source):
         try:
-            replaced = [
-                name for name, path in (columns or {}).items() if row.get(name) and path.partition(".")[0] != name
-            ]
-            row = schemas.rename(row, columns) if columns else row
+            found, row = row, schemas.rename(row, columns) if columns else row
             if schema is None:
                 schema = schemas.recognise(row)
                 used, unused = schemas.used_columns(schema, row)
-                unused += [f"{name} of the file" for name in replaced]
+                renamed = ((name, path.partition(".")[0]) for name, path in (columns or {}).items())
+                unused += [f"{name} of the file" for name, column in renamed if column != name and found.get(name)]
                 report |= {"schema": schemas.describe(schema, row), "columns": used, "not used": unused}
             example = schemas.to_example(schema, row)
         except InputError as error:

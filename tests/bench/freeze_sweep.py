@@ -26,6 +26,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from readme import write_between
 from transformers import AutoConfig
 
 from minirm.data.demo import DEMO_DEFAULTS, build_demo
@@ -171,14 +172,8 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
 
 def write(text: str, figure: Figure) -> None:
     """Into README.md, between its two marks, and the picture beside this file."""
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    if any(old.count(mark) != 1 for mark in MARKS):
-        raise SystemExit(f"{readme}: expected {MARKS[0]} and {MARKS[1]} once each, around the place of the table")
-    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    readme.write_text(
-        f"{before}{MARKS[0]}\n![accuracy and cost by freeze ratio](tests/bench/freeze_sweep.png)\n\n{text}\n{MARKS[1]}{after}"
-    )
+    shown = "![accuracy and cost by freeze ratio](tests/bench/freeze_sweep.png)"
+    write_between(MARKS, f"{shown}\n\n{text}", ROOT / "README.md")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=144, metadata={"Software": None})
 
 

@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peers import ACCUMULATION, PADDED, matmul_rate, published, quiet, trl, unavoidable
+from readme import write_between
 from rows import VOCABULARY, Trainer, make_config, make_groups
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -618,12 +619,7 @@ def table(results: dict) -> str:
 
 def write(results: dict) -> None:
     """The table into README.md, between its two marks."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if any(text.count(mark) != 1 for mark in MARKS):
-        raise SystemExit(f"{readme}: expected {MARKS[0]} and {MARKS[1]} once each, around the place of the table")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    readme.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+    write_between(MARKS, table(results), ROOT / "README.md")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from readme import write_between
 from rows import DTYPES, SHAPES, Trainer, make_config, make_groups, one_comparison_each
 from tokenizers import Tokenizer, models
 
@@ -272,12 +273,7 @@ def write(table: str, results: dict, unit: str) -> None:
     """The table into README.md, between its two marks, and the chart beside it."""
     import matplotlib.pyplot as plt
 
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if any(text.count(mark) != 1 for mark in MARKS):
-        raise SystemExit(f"{readme}: expected {MARKS[0]} and {MARKS[1]} once each, around the place of the table")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    readme.write_text(f"{before}{MARKS[0]}\n![pairs per second](tests/bench/peers.png)\n\n{table}\n{MARKS[1]}{after}")
+    write_between(MARKS, f"![pairs per second](tests/bench/peers.png)\n\n{table}", ROOT / "README.md")
     figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 2.6), sharey=True, squeeze=False)
     for axis, (shape, rows) in zip(axes[0], results.items()):
         colors = ["tab:blue" if method in "def" else "tab:gray" for method in rows]

@@ -34,6 +34,7 @@ import matplotlib
 import torch
 import transformers
 from matplotlib.figure import Figure
+from readme import write_between
 from safetensors.torch import load_file
 
 from minirm import score
@@ -324,13 +325,8 @@ def picture(rows: dict[str, list[dict]], title: str) -> Figure:
 
 def write(text: str, figure: Figure) -> None:
     """Into README.md, between its two marks, and the picture beside this file."""
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    if any(old.count(mark) != 1 for mark in MARKS):
-        raise SystemExit(f"{readme}: expected {MARKS[0]} and {MARKS[1]} once each, around the place of the table")
-    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
     shown = "![held-out accuracy and loss by time and by comparisons](tests/bench/real.png)"
-    readme.write_text(f"{before}{MARKS[0]}\n{shown}\n\n{text}\n{MARKS[1]}{after}")
+    write_between(MARKS, f"{shown}\n\n{text}", ROOT / "README.md")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
 
 

@@ -25,25 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-COUNT = """
-import json, os
-from torch.utils._python_dispatch import TorchDispatchMode
-sent = {"gathered": 0.0, "reduced": 0.0}
-kinds = {"c10d::_allgather_base_": ("gathered", 0), "c10d::alltoall_base_": ("reduced", 1)}
-class Count(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in kinds:
-            key, whole = kinds[func.name()]
-            sent[key] += (1 - 1 / int(os.environ["WORLD_SIZE"])) * args[whole].nbytes
-        return func(*args, **(kwargs or {}))
-main = train.main
-def counted(argv):
-    with Count():
-        code = main(argv)
-    open(f"{argv[argv.index('--output_dir') + 1]}/sent-{rank}.json", "w").write(json.dumps(sent))
-    return code
-train.main = counted
-"""
+# Collectives that FSDP calls on CPUs; which of their tensors is the whole.
+KINDS = {"c10d::_allgather_base_": ("gathered", 0), "c10d::alltoall_base_": ("reduced", 1)}
 
 
 def main() -> None:
@@ -58,7 +41,7 @@ def main() -> None:
     import torch
     import transformers
     from conftest import WORDS, make_tokenizer, read_metrics, write_jsonl
-    from processes import Server
+    from processes import COLLECTIVES, Server
 
     import train
     from minirm.estimate import estimate
@@ -125,9 +108,14 @@ def main() -> None:
         for world in [world for world in args.processes if world > 1]:
             totals = []
             for steps in (2, 4):  # evaluations gather as well: the difference is two steps
-                output = end(*start(world, steps, COUNT))
-                sent = [json.loads(path.read_text()) for path in output.glob("sent-*.json")]
-                totals.append({key: sum(of_rank[key] for of_rank in sent) / world for key in sent[0]})
+                output = end(*start(world, steps, COLLECTIVES))
+                sent = {"gathered": 0.0, "reduced": 0.0}
+                for path in output.glob("collectives-*.json"):
+                    for name, sizes in json.loads(path.read_text()):
+                        if name in KINDS:
+                            key, whole = KINDS[name]
+                            sent[key] += (1 - 1 / world) * sizes[whole] / world
+                totals.append(sent)
             flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
             found = estimate(config, train.parse_args(flags), torch.float32, "shared")["parts"]
             found = found["sent by a device in a step"]
