@@ -43,7 +43,7 @@ from minirm.loss import centering_loss, divergence_loss, pairwise_loss
 from minirm.model import LOADER, RewardModel, check_fit, empty_model, load_config
 from minirm.plan import make_plan
 from minirm.plot import save_curves
-from minirm.probe import probe_shared_rows
+from minirm.probe import choose_layout
 from minirm.report.card import model_card
 from minirm.report.lines import final_report, headline, last_words, start_report
 from minirm.report.measure import TENTHS, describe, measure, right_by_tenth
@@ -250,9 +250,8 @@ def read_inputs(args: argparse.Namespace, processes: shard.Processes) -> Inputs:
         )  # fmt: skip
         check_fit(args, config, totals(data.report["train"] + data.report["eval"]))
     # Shared rows are used only if they give identical results; a small model of the same architecture decides.
-    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
+    layout, not_shared = choose_layout(config, args.model, args.row_layout, args.max_length)
     extras = probe_trunk_cache(args, config, frozen) if args.cache_trunk else None
-    layout = "separate" if not_shared else args.row_layout
     return Inputs(config, tokenizer, model, frozen, data, layout, not_shared, extras, why)
 
 

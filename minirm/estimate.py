@@ -25,7 +25,7 @@ from minirm.errors import InputError, printable, refusing
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.lora import add_lora
 from minirm.model import RewardModel, load_config
-from minirm.probe import probe_shared_rows
+from minirm.probe import choose_layout
 from minirm.shard import DTYPES, checkpoint_trained_blocks, what_stays
 from minirm.weights import choose_precision
 
@@ -223,7 +223,7 @@ def show_plan(args: Namespace) -> None:
     precision = choose_precision(args.model, "cuda", True)[0] if args.precision == "auto" else args.precision
     dtype = DTYPES[precision]
     config, _ = load_config(args.model, args.chat_template)
-    not_shared = probe_shared_rows(config, max_length=args.max_length) if args.row_layout == "shared" else None
+    layout, _ = choose_layout(config, args.model, args.row_layout, args.max_length)
     with refusing(f"--model {args.model}: cannot be planned", (ValueError, RuntimeError)):  # experts in fp32
-        found = estimate(config, args, dtype, "separate" if not_shared else args.row_layout)
+        found = estimate(config, args, dtype, layout)
     print(f"{printable(args.model)} in {dtype}".replace("torch.", ""), table(found, args), sep="\n")

@@ -12,19 +12,33 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from minirm.attention import attention_mask, use_sdpa
-from minirm.errors import one_line
+from minirm.errors import InputError, one_line
 from minirm.rows import collate
 
-# Lengths of the probe's texts in tokens, per row: (prefix, completions). One text has 17, all others fewer than 15.
-PROBE_ROWS = [(9, [2, 8, 5]), (4, [7, 3])]
+# Lengths of the probe's texts in tokens: (prefix, completions). One shared text has 17 tokens, all others fewer than 15.
+PROBE_ROWS = {"shared": [(9, [2, 8, 5]), (4, [7, 3])], "separate": [(9, [2, 5]), (4, [7, 3])]}
 PROBE_WINDOW, PROBE_SWITCH = 5, 15  # shorter than every text; between the longest text and the others
 PROBE_VOCABULARY = 64
 PROBE_TRIES = 8  # new weights and ids each time: if attention selects by content, one try may miss a difference
-# Differences relative to the largest value. Exact results differ by 2e-6 (unscaled GPT-Neo 3e-5).
-TOLERANCE, WRONG = 1e-4, 1e-2  # at most; at least with a wrong mask
+TOLERANCE = 1e-4  # relative to the largest value; exact results differ by 2e-6 (unscaled GPT-Neo 3e-5)
 
 
-def probe_shared_rows(config, max_length=math.inf):
+def choose_layout(config, model_name: str, layout: str, max_length=math.inf) -> tuple[str, str | None]:
+    """(row layout to use, why "shared" was refused if it was asked for). See `probe_shared_rows`.
+
+    Raises InputError if the architecture is wrong in separate rows as well.
+    """
+    not_shared = probe_shared_rows(config, max_length) if layout == "shared" else None
+    if layout == "shared" and not not_shared:
+        return "shared", None
+    if reason := probe_separate_rows(config, max_length):
+        raise InputError(
+            f"--model {model_name}: padding changes its results, so it cannot be trained in batches ({reason})"
+        )
+    return "separate", not_shared
+
+
+def probe_shared_rows(config, max_length=math.inf) -> str | None:
     """None if this architecture computes the same in shared rows as in separate ones, else the reason in one line.
 
     config: as loaded, before `use_sdpa`; max_length: tokens of the longest text to expect. It matters if rotary
@@ -34,16 +48,33 @@ def probe_shared_rows(config, max_length=math.inf):
     inconclusive. Takes a second or two.
     """
     try:
-        with trying():
-            model = small_model(config, max_length)
-            differences = _largest_differences(model, PROBE_TRIES)
-            if TOLERANCE < max(differences) < WRONG:  # rounding alone can do that: Gemma 3n's gradients, 5e-4
-                differences = _largest_differences(model.double(), 2)
+        return _inexact(config, "shared", max_length)
     except Exception as error:  # noqa: BLE001, any failure is a reason to refuse
         return f"{config.model_type}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
+
+
+def probe_separate_rows(config, max_length=math.inf) -> str | None:
+    """None if a text's results do not depend on the padding behind it, else the reason in one line.
+
+    CPM-Ant, which expects padding on the left, fails, and so does Doge beyond the number of keys that it keeps. An
+    architecture that cannot be made small passes, because a causal decoder is exact unless it does something unusual.
+    """
+    try:
+        return _inexact(config, "separate", max_length)
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _inexact(config, layout: str, max_length: float) -> str | None:
+    with trying():
+        model = small_model(config, max_length)
+        differences = _largest_differences(model, layout, PROBE_TRIES)
+        if max(differences) > TOLERANCE:  # rounding alone can do that: Gemma 3n's gradients, 5e-4; Dory's, 8e-2
+            differences = _largest_differences(model.double(), layout, 2)
     for what, difference in zip(("hidden states", "gradients"), differences):
         if not difference <= TOLERANCE:  # written this way, NaN is refused
-            return f"{config.model_type}: {what} of shared and separate rows differ by {difference:.2g} of the largest"
+            rows = "shared and separate" if layout == "shared" else "padded and unpadded"
+            return f"{config.model_type}: {what} of {rows} rows differ by {difference:.2g} of the largest"
     return None
 
 
@@ -137,11 +168,13 @@ def shrunk(config, max_length=math.inf):
         else:
             setattr(small, key, few_values)
 
-    # Limit the attention span, what sparse attention keeps, and inner widths.
+    # Limit the attention span if the real texts exceed it, what sparse attention keeps, and inner widths.
     most = {"window|chunk|local_att|distance|extent": PROBE_WINDOW, "block|topk": 2}
     most |= {"intermediate|ffn|inner|d_ff": 64, "first_k_dense": 1}  # DeepSeek has layers without experts
     for key, value in small.to_dict().items():
         limits = [limit for names, limit in most.items() if re.search(names, key)]
+        if limits == [PROBE_WINDOW] and type(value) is int and value >= 2 * max_length:  # row_limit
+            continue
         if limits and isinstance(value, list) and all(type(v) is int for v in value):
             setattr(small, key, [min(v, limits[0]) for v in value])
         if type(value) is not int:  # excludes bool
@@ -192,20 +225,20 @@ def _are_layers(key: str, value, layers: int) -> bool:
     return all(type(i) is int for i in value) and list(value) == sorted({*value} & {*range(layers)})
 
 
-def _largest_differences(model, tries) -> list[float]:
-    return torch.tensor([_differences(model) for _ in range(tries)]).amax(dim=0).tolist()
+def _largest_differences(model, layout: str, tries: int) -> list[float]:
+    return torch.tensor([_differences(model, layout) for _ in range(tries)]).amax(dim=0).tolist()
 
 
-def _differences(model):
-    """Largest difference between shared and separate rows over the largest value: [hidden states, gradients]."""
+def _differences(model, layout: str) -> list[float]:
+    """Largest difference between a padded batch and lone texts over the largest value: [hidden states, gradients]."""
     shake(model)
     ids = lambda length: torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
-    texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS]
-    batch = small_batch(texts, "shared")
-    shared = small_states(model, batch)[batch.segments > 0]
+    texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS[layout]]
+    batch = small_batch(texts, layout)
+    batched = small_states(model, batch)[batch.segments > 0]
     alone = [(len(prefix), torch.tensor([prefix + tail])) for prefix, tails in texts for tail in tails]
-    separate = [model(input_ids=text, use_cache=False).last_hidden_state[0, behind:] for behind, text in alone]
-    hidden = torch.cat(separate), shared
+    lone = [model(input_ids=text, use_cache=False).last_hidden_state[0, behind:] for behind, text in alone]
+    hidden = torch.cat(lone), batched
     weights, embeddings = torch.randn_like(hidden[0]), model.get_input_embeddings().weight
     gradients = [torch.autograd.grad((h * weights).sum(), embeddings)[0] for h in hidden]
     return [((a - b).abs().max() / a.abs().max()).item() for a, b in (hidden, gradients)]

@@ -35,7 +35,7 @@ from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
 from minirm.files import as_json, writing
 from minirm.model import classifier
-from minirm.probe import probe_shared_rows
+from minirm.probe import choose_layout
 from minirm.report.benchmarks import best_of_n, reward_bench, reward_bench_2, rm_bench
 from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
@@ -135,10 +135,11 @@ def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) 
     """Rewards [count] of all completions in fp64; those of example i begin at texts.rows[i]["first"]."""
     heads = [name for name in model.state_dict() if not name.startswith(model.base_model_prefix + ".")]
     if heads == ["score.weight"]:  # a linear layer on the last token; no transformers encoder has only that
-        if reason := probe_shared_rows(model.config, max_length=args.max_length):
+        layout, reason = choose_layout(model.config, args.model, "shared", args.max_length)
+        if reason:
             print(f"a row for each completion, since shared rows would not be exact: {reason}", file=sys.stderr)
         use_sdpa(model.base_model)
-        to_rows, compute = partial(decoder_rows, share=not reason), decoder_rewards
+        to_rows, compute = partial(decoder_rows, share=layout == "shared"), decoder_rewards
     else:
         to_rows, compute = other_rows, other_rewards
         if tokenizer.pad_token_id is None:
