@@ -8,7 +8,7 @@ A completion's rewards are located by its length, never by searching for a pad o
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -34,9 +34,11 @@ class Batch:
     start: Tensor  # [P] int64: first index in the completions where the two differ
     end: Tensor  # [P] int64: one past the last index compared; both end rewards are at end - 1
     margin: Tensor  # [P] fp32
+    weight: Tensor  # [P] fp32: each pair's weight in the loss
     group: list[int]  # [R] index of each row's group, ascending
     tokens: int  # real tokens computed, without padding
     separate_tokens: int  # the same if every completion had its own row
+    cached: list[tuple[str, Tensor | None]] = field(default_factory=list)  # see TrunkCache.look_up
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device` without blocking."""
@@ -44,7 +46,9 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """Copy to page-locked memory, from which `to` a GPU does not block."""
-        return Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(self).values()))
+        pinned = Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(self).values()))
+        pinned.cached = [(name, None if states is None else states.pin_memory()) for name, states in self.cached]
+        return pinned
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """[R, L] rewards -> chosen [P, T], rejected [P, T]. t counts from the end of the prefix; after a completion
@@ -59,7 +63,13 @@ class Batch:
 
 
 def collate(
-    groups: list[dict], *, row_layout: str, pad_id: int, row_limit: int, trlx_eos_id: int | None = None
+    groups: list[dict],
+    *,
+    row_layout: str,
+    pad_id: int,
+    row_limit: int,
+    trlx_eos_id: int | None = None,
+    pair_weight: str = "pair",
 ) -> Batch:
     """Collate groups (see prepare.py) into one batch. Groups without comparisons need only prefix and completions.
 
@@ -70,15 +80,17 @@ def collate(
         trlx_eos_id: the EOS id for the published loss, else None. That loss treats EOS as padding: a text ends before
             its EOS, and a shorter text continues to the end of the longer one through pads (EOS ids), which nothing
             attends to but which have rewards.
+        pair_weight: "pair" weighs all pairs equally; "prompt" divides by the number of pairs that their prompt has.
     """
     rows: list[list[list[int]]] = []  # [row][segment]: token ids; segment 0 is the prefix
     group_of: list[int] = []  # for each row
     located: list[tuple[int, int, int, int]] = []  # for each completion: row, offset in it, length, length with pads
-    pairs = []  # (chosen, rejected, start, end, margin)
+    pairs = []  # (chosen, rejected, start, end, margin, weight)
     for g, group in enumerate(groups):
         base, prefix, tails = len(located), group["prefix"], group["completions"]
         length = [len(tail) for tail in tails]
         padded = list(length)
+        weight = 1 / group["prompt_pairs"] if pair_weight == "prompt" else 1.0
         for c, r, margin in zip(*(group.get(name, ()) for name in ("chosen", "rejected", "margin"))):
             end = max(length[c], length[r])
             if trlx_eos_id is not None:
@@ -86,7 +98,7 @@ def collate(
                 padded[c], padded[r] = max(padded[c], end), max(padded[r], end)
             # Equal answers occur only in evaluation; comparing them at their end gives a tie.
             start = min(common_prefix([tails[c], tails[r]]), end - 1)
-            pairs.append((base + c, base + r, start, end, margin))
+            pairs.append((base + c, base + r, start, end, margin, weight))
         for tail, real, whole in zip(tails, length, padded):
             if g not in group_of[-1:] or row_layout == "separate" or sum(map(len, rows[-1])) + whole > row_limit:
                 rows.append([prefix])
@@ -116,12 +128,11 @@ def collate(
     row_of, first, _, length = torch.tensor(located).unbind(1)
     places = (row_of * shape[1] + first)[:, None] + torch.minimum(torch.arange(int(length.max())), length[:, None] - 1)
     compared = torch.tensor([pair[:4] for pair in pairs], dtype=torch.int64).view(-1, 4).unbind(1)
-    margin = torch.tensor([pair[4] for pair in pairs], dtype=torch.float32)
+    margin, weights = torch.tensor([pair[4:] for pair in pairs], dtype=torch.float32).view(-1, 2).unbind(1)
     tokens = sum(len(ids) for row in rows for ids in row)
     separate_tokens = sum(len(row[0]) + len(ids) for row in rows for ids in row[1:])
-    return Batch(
-        input_ids, position_ids, segments, visible, places, *compared, margin, group_of, tokens, separate_tokens
-    )
+    tensors = (input_ids, position_ids, segments, visible, places, *compared, margin, weights)
+    return Batch(*tensors, group_of, tokens, separate_tokens)
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:

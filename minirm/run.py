@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -18,24 +19,23 @@ from torch import Tensor
 from minirm.checkpoint import METRICS, START, checkpoints, verify
 from minirm.data.prepare import Prepared
 from minirm.data.tokens import tokenizer_state
-from minirm.errors import InputError, Stop, printable, refusing
+from minirm.errors import InputError, Stop, disk_full_line, disk_is_full, one_line, printable, refusing
 from minirm.files import PARTIAL, put, writing
 from minirm.model import lora_of
-from minirm.plan import steps_per_epoch
+from minirm.plan import Step, steps_per_epoch
 from minirm.shard import Processes, on_first_process
+from minirm.signals import interrupted
 
 RUN = "run.json"
 
 # Flags that do not affect the trained model.
 UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
           "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
-
-
 # Flags that may differ when a run resumes: these, its length, and what changes only memory or speed. Model and data are
 # compared by content, so their paths may change; batch size and accumulation by their product with the processes.
-FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "micro_batch_tokens", "compile", "model", "train_data", "eval_data",
-                 "chat_template", "per_device_train_batch_size", "gradient_accumulation_steps"}  # fmt: skip
-
+FREE = UNSAID | {"num_train_epochs", "max_steps", "eval_steps", "gradient_checkpointing", "micro_batch_tokens",
+                 "compile", "model", "train_data", "eval_data", "chat_template", "per_device_train_batch_size",
+                 "gradient_accumulation_steps"}  # fmt: skip
 
 _held: list[int] = []  # descriptor of the output folder; holds its lock while open
 
@@ -237,28 +237,49 @@ def agreed(caught: list[int]) -> int:
     return int(number)
 
 
-def agree(caught: list[int], losses: list[Tensor]) -> tuple[int, tuple[int, int] | None]:
+def agree(caught: list[int], losses: list[Tensor], *values: Tensor) -> tuple[int, tuple[int, int] | None, list[float]]:
     """Agree on what any process has seen: (signal or 0, (micro-step, process) of the first non-finite loss or None).
 
-    losses: [] of each micro-step. Costs one all-reduce of two numbers per step.
+    losses: [] of each micro-step; values: [], returned as numbers. One all-reduce of two numbers per step, and the only
+    point in a step at which this process waits for its device.
     """
     world_size, none = dist.get_world_size(), 1 << 40
     finite = torch.isfinite(torch.stack(losses))
     places = torch.arange(len(losses), device=finite.device) * world_size + dist.get_rank()
     first = torch.where(finite, none, places).min()
-    values = torch.stack([torch.full_like(first, -max(caught, default=0)), first])
-    dist.all_reduce(values, dist.ReduceOp.MIN)
-    number, place = values.tolist()
-    return -number, None if place == none else divmod(place, world_size)
+    seen = torch.stack([torch.full_like(first, -max(caught, default=0)), first]).double()
+    dist.all_reduce(seen, dist.ReduceOp.MIN)
+    number, place, *numbers = torch.cat([seen, torch.stack([v.to(seen, non_blocking=True) for v in values])]).tolist()
+    return -int(number), None if place == none else divmod(int(place), world_size), numbers
 
 
-def not_finite(step: int, groups: list[int], data: Prepared, tokenizer, what: str, hint: str) -> Stop:
-    """The Stop to raise when training has diverged. It names the comparisons that were being computed."""
+def not_finite(step: int, planned: Step, where: tuple[int, int] | None, inputs, what: str, hint: str) -> Stop:
+    """The Stop to raise when training has diverged. It names the comparisons that were being computed.
+
+    where: see `agree`; None names those of the step's first micro-step.
+    """
+    groups = planned.micro_steps[where[0]][where[1]] if where else [g for rank in planned.micro_steps[0] for g in rank]
     ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
-    row = data.train[groups[0]]
-    text = tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
+    row = inputs.data.train[groups[0]]
+    text = inputs.tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
     return Stop(
         f"step {step}: {what}. Computed were the training prompts {ids} (counted from 0 after the filters; the first begins "
         f"{text!r}). {hint}. The newest checkpoint is from before this and goes on with the same command",
         3,
     )
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """(line to print, exit code) of an error that ends a run. Raises the error again if it is a defect of minirm."""
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, Stop):
+        return error.args
+    if isinstance(error, KeyboardInterrupt):  # raised outside the training loop
+        number = error.args[0] if error.args else signal.SIGINT
+        return interrupted(number), 128 + number
+    if isinstance(error, OSError) and disk_is_full(error):
+        return disk_full_line(error, "a file could not be written"), 3
+    if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"process {os.environ.get('RANK', '0')} ends, since another one was lost ({one_line(error)})", 1
+    raise error

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,10 @@ from minirm.rows import Batch
 
 
 class TrunkCache:
-    """`with cache.over(batch): model(...)` skips the frozen blocks if all of the batch is cached, else caches it."""
+    """`with cache.over(cache.look_up(batch)): model(...)` skips the frozen blocks if all of the batch is cached.
+
+    Otherwise it computes them and caches what is missing. `look_up` reads files, so that a thread can do it ahead of time.
+    """
 
     def __init__(self, blocks: list[nn.Module], extras: int | None, dtype: torch.dtype, folder: Path | None = None):
         """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None writes nothing.
@@ -74,22 +78,28 @@ class TrunkCache:
                 self.extras = len(more) if isinstance(output, tuple) else None
             return output
         if last:  # padding keeps the embeddings' output, which is finite and which nothing attends to
-            hidden = hidden.clone()
-            hidden[self.real] = self.kept.to(hidden)
+            # Assigning to hidden[self.real] would wait for the GPU.
+            hidden = hidden.masked_scatter(self.real[..., None], self.kept.to(hidden))
         return hidden if self.extras is None else (hidden, *[None] * self.extras)
+
+    def look_up(self, batch: Batch) -> Batch:
+        """The same CPU batch with `cached`: each group's name and states [tokens, H], None if they are not cached yet."""
+        return replace(batch, cached=[(name, self._read(name)) for name in group_names(batch)])
 
     @contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
-        """Wrap a forward pass over `batch`, which must still be on the CPU."""
-        self.real, names = batch.segments >= 0, group_names(batch)
-        found = [self._read(name) for name in names]
-        missing = [name for name, states in zip(names, found) if states is None]
-        self.kept = None if missing else torch.cat(found)
+        """Wrap a forward pass over `batch`, which `look_up` has returned; it may have moved to another device since."""
+        self.real, device = batch.segments >= 0, batch.segments.device
+        # What was missing may have been computed since.
+        found = [(name, self._read(name) if states is None else states) for name, states in batch.cached]
+        missing = [name for name, states in found if states is None]
+        self.kept = None if missing else torch.cat([states.to(device, non_blocking=True) for _, states in found])
         try:
             yield
-            for name in missing if self.writing else ():
-                mine = torch.tensor(batch.group) == names.index(name)
-                self._write(name, self.computed.detach()[mine][self.real[mine]].to("cpu", self.dtype))
+            for g, (name, states) in enumerate(found):
+                if states is None and self.writing:
+                    mine = torch.tensor(batch.group) == g
+                    self._write(name, self.computed.detach()[mine][self.real[mine]].to("cpu", self.dtype))
         finally:
             self.kept = self.computed = self.real = None
 

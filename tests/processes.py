@@ -63,7 +63,7 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *flags, world: int = 1, patch: str = "", env: dict | None = None) -> "Run":
-        """patch: Python code run in each process before train.main, with `train` and its `rank` at hand."""
+        """patch: Python code run in each process before train.main, with `train`, `minirm` and its `rank` at hand."""
         self.count += 1
         log = self.folder / f"run-{self.count}.log"
         with socket.socket() as free:
@@ -176,7 +176,7 @@ def child(train, rank: int, request: dict) -> None:
     os.environ.update(request["env"])
     code = 1
     try:
-        exec(request["patch"], {"train": train, "rank": rank})  # noqa: S102 - of the tests' own
+        exec(request["patch"], {"train": train, "minirm": sys.modules["minirm"], "rank": rank})  # noqa: S102 - of the tests' own
         code = train.main(request["argv"])
     except SystemExit as error:
         code = error.code

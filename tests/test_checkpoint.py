@@ -124,10 +124,10 @@ def test_a_run_stopped_before_the_evaluation_of_its_step_makes_it_up(server, wor
     signals = f"""
 import os
 agree, calls = train.run.agree, []
-def signalled(caught, losses):
+def signalled(caught, losses, *values):
     calls.append(1)
     if len(calls) == {step}: caught.append(15)
-    return agree(caught, losses)
+    return agree(caught, losses, *values)
 train.run.agree = signalled
 """
     run = server.run(*worsening, "--output_dir", tmp_path / "run", patch=signals, world=2)

@@ -29,7 +29,7 @@ LEFT = [family for family in FAMILIES if family != "gpt2"]
 # Of the last evaluation: [[ids of a held-out answer with its prompt, the trainer's reward], ...].
 NOTE_REWARDS = """
 import json, os, torch
-collate, comparison_loss, noted, groups = train.collate, train.comparison_loss, {}, {}
+collate, comparison_loss, noted, groups = minirm.feed.collate, train.comparison_loss, {}, {}
 
 def collate_and_note(some, **options):  # in a thread, ahead of the evaluation
     batch = collate(some, **options)
@@ -46,7 +46,7 @@ def compare_and_note(args, batch, rewards):
             json.dump(list(noted.items()), file)
     return comparison_loss(args, batch, rewards)
 
-train.collate, train.comparison_loss = collate_and_note, compare_and_note
+minirm.feed.collate, train.comparison_loss = collate_and_note, compare_and_note
 """
 
 
@@ -361,8 +361,8 @@ def test_a_prolonged_run_that_ends_in_its_export_is_whole_after_the_same_command
     shutil.copytree(short, output)
     flags = [*flags, "--max_steps", 4, "--output_dir", output]
     patches = {
-        "writing": "def export(*_): os.kill(os.getpid(), 9)\ntrain.export = export",
-        "full disk": "def export(*_): raise OSError(28, 'No space left')\ntrain.export = export",
+        "writing": "def export(*_): os.kill(os.getpid(), 9)\nminirm.finish.export = export",
+        "full disk": "def export(*_): raise OSError(28, 'No space left')\nminirm.finish.export = export",
         "moving": "replace = os.replace\n"
         "def kill(a, b): os.kill(os.getpid(), 9) if str(b).endswith('config.json') else replace(a, b)\nos.replace = kill",
     }

@@ -171,12 +171,12 @@ def test_the_report_has_its_three_parts(small_data, characters, tmp_path):
     batches = [collate(part, row_layout="shared", pad_id=0, row_limit=1000) for part in (groups[:1], groups[1:])]
     rates = {"learning_rate": 1e-3, "warmup_steps": 4, "lr_scheduler_type": "linear", "freeze_ratio": 0.7}
     args = SimpleNamespace(loss="divergence", margin_scale=1.0, pair_weight="pair", **rates)
-    report = start_report(args, small_data, characters, model, freeze_bottom_layers(model), "shared", None, batches, 40)
+    about = {"data": small_data, "tokenizer": characters, "model": model, "frozen": freeze_bottom_layers(model)}
+    inputs = SimpleNamespace(**about, layout="shared", not_shared=None)
+    report = start_report(args, inputs, batches, 40)
     assert "  --loss 'divergence'\n" in report and "warning" not in report and PUBLISHED not in report
     args = SimpleNamespace(loss="trlx", margin_scale=1.0, pair_weight="pair", **rates)
-    published = start_report(
-        args, small_data, characters, model, freeze_bottom_layers(model), "shared", None, batches, 40
-    )
+    published = start_report(args, inputs, batches, 40)
     assert PUBLISHED in published
     assert report.index("comparisons") < report.index("frozen: layers 0-2 of 4") < report.index("the first pair")
     # The first batch is one row without padding; in the second every row is as long as its longest.

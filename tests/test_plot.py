@@ -182,7 +182,9 @@ def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_
         f"no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
         in run.text()
     )
-    run = server.run(*flags, "--output_dir", tmp_path / "broken", patch="train.save_curves = None")  # not callable
+    run = server.run(
+        *flags, "--output_dir", tmp_path / "broken", patch="minirm.finish.save_curves = None"
+    )  # not callable
     assert (
         run.codes == [0]
         and (tmp_path / "broken" / "config.json").exists()

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
 from minirm import attention, probe
-from minirm.probe import probe_shared_rows
+from minirm.errors import InputError
+from minirm.probe import choose_layout, probe_shared_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,6 +39,26 @@ def test_the_probe_says_no_and_why(family):
 @pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "jamba", "doge"])
 def test_the_probe_says_no_to_published_sizes(kind):
     assert probe_shared_rows(CONFIG_MAPPING[kind]()).startswith(f"{kind}: ")
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon, alibi", "mamba", "recurrent_gemma"])
+def test_what_cannot_share_rows_trains_in_separate_ones(family):
+    kind, values = REFUSED[family]
+    layout, reason = choose_layout(CONFIG_MAPPING[kind](**values), "some/model", "shared", 550)
+    assert layout == "separate" and reason.startswith(f"{kind}: ")
+
+
+@pytest.mark.parametrize("asked", ["shared", "separate"])
+def test_a_model_that_padding_disturbs_is_refused(asked):
+    """CPM-Ant expects its padding on the left. Doge keeps 2,048 keys per query, chosen among all positions."""
+    refused = "--model some/model: padding changes its results"
+    small = {"hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 64, "num_hidden_layers": 2}
+    with pytest.raises(InputError, match=refused):
+        choose_layout(CONFIG_MAPPING["cpmant"](vocab_size=64, **small), "some/model", asked, 550)
+    doge = CONFIG_MAPPING["doge"]()
+    assert choose_layout(doge, "some/model", asked, 1024) == (asked, None)  # no row has more keys
+    with pytest.raises(InputError, match=refused):
+        choose_layout(doge, "some/model", asked, 4096)
 
 
 def test_ropes_that_change_with_length_are_exact_up_to_there():

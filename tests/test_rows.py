@@ -227,7 +227,7 @@ def test_to_copies_every_tensor():
     batch = collate(GROUPS, row_layout="shared", pad_id=PAD, row_limit=99)
     moved = batch.to(torch.device("meta"))
     tensors = [name for name, value in vars(moved).items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10 and all(getattr(moved, name).is_meta for name in tensors)
+    assert len(tensors) == 11 and all(getattr(moved, name).is_meta for name in tensors)
     assert moved.group == batch.group and moved.tokens == batch.tokens
 
 

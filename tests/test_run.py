@@ -208,7 +208,7 @@ def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(server, eight_steps, tmp_path):
     with mounted(tmp_path / "small", "ro") as place:
-        run = server.run(*eight_steps, "--output_dir", place / "run", patch="train.prepare = None")
+        run = server.run(*eight_steps, "--output_dir", place / "run", patch="minirm.start.prepare = None")
         assert run.codes == [2] and f"{place} is not a folder that can be written" in run.text(), run.text()
 
 

@@ -113,9 +113,9 @@ def test_weights_that_the_first_process_reads_for_all_arrive_as_those_that_each_
     for name, changes in (("bin", {}), ("wrong", {"model.layers.7.extra": torch.ones(2)})):
         shutil.copytree(model, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         torch.save(weights | changes, tmp_path / name / "pytorch_model.bin")
-    blind = "read = train.stored_weights; train.stored_weights = lambda *all: None if rank == 3 else read(*all)"
+    blind = "read = minirm.start.stored_weights; minirm.start.stored_weights = lambda *all: None if rank == 3 else read(*all)"
     own = """
-stored_weights, fill, sizes = train.stored_weights, train.shard.fill, []
+stored_weights, fill, sizes = minirm.start.stored_weights, train.shard.fill, []
 def counting(*all):
     read = stored_weights(*all)
     def rows(*place):
@@ -125,7 +125,7 @@ def counting(*all):
 def checked(model, *all):
     fill(model, *all)
     assert 0 < sum(sizes) < 0.51 * sum(p.numel() for p in model.parameters())
-train.stored_weights, train.shard.fill, train.load_weights = counting, checked, lambda *all: 1 / 0
+minirm.start.stored_weights, train.shard.fill, minirm.start.load_weights = counting, checked, lambda *all: 1 / 0
 """
     for i, (folder, patch) in enumerate(
         ((model, own), (tmp_path / "bin", ""), (model, blind), (tmp_path / "wrong", ""))

@@ -69,12 +69,16 @@ def held(*arguments, **options):
 
 @pytest.mark.parametrize(
     "name, number",
-    [("train.prepare", signal.SIGHUP), ("train.load_weights", signal.SIGINT), ("train.export", signal.SIGTERM)],
+    [
+        ("minirm.start.prepare", signal.SIGHUP),
+        ("minirm.start.load_weights", signal.SIGINT),
+        ("minirm.finish.export", signal.SIGTERM),
+    ],
 )
 def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server, twelve_steps, tmp_path, name, number):
     """Both processes get it, as from torchrun, while the second waits for the first in gloo. Then the run finishes."""
     flags = [*twelve_steps, "--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "run"]
-    stored = "train.stored_weights = lambda *_: None\n"  # so that the first process reads them for all
+    stored = "minirm.start.stored_weights = lambda *_: None\n"  # so that the first process reads them for all
     patch = stored + HOLD.format(name=name, when=True, sign=str(tmp_path / "sign"), wait="time.sleep(60)")
     run = server.start(*flags, world=2, patch=patch)
     assert run.until(lambda: (tmp_path / "sign").exists())
@@ -92,7 +96,7 @@ def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, twelve_s
     """The main thread waits where no signal wakes it, as in a collective that another process never enters."""
     mutex = "import ctypes\nC, MUTEX = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
     wait = "C.pthread_mutex_lock(MUTEX), C.pthread_mutex_lock(MUTEX)"  # locked twice: nothing ever wakes it up
-    patch = mutex + HOLD.format(name="train.prepare", when=True, sign=str(tmp_path / "sign"), wait=wait)
+    patch = mutex + HOLD.format(name="minirm.start.prepare", when=True, sign=str(tmp_path / "sign"), wait=wait)
     run = server.start(*twelve_steps, "--output_dir", tmp_path / "run", patch=patch)
     assert run.until(lambda: (tmp_path / "sign").exists())
     run.kill(signal.SIGTERM)
@@ -139,8 +143,8 @@ setattr(owner, name, killed)
 # What torchrun starts: train.py, with a patch before.
 PATCHED = """
 import os, sys
-import train
-exec(os.environ["PATCH"], {"train": train, "rank": int(os.environ["RANK"])})
+import minirm, train
+exec(os.environ["PATCH"], {"train": train, "minirm": minirm, "rank": int(os.environ["RANK"])})
 sys.exit(train.main())
 """
 
@@ -149,7 +153,8 @@ AGENT = """
 import os, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 def work(argv):
-    exec({patch!r}, {{"train": train, "rank": int(os.environ["RANK"])}})
+    import minirm
+    exec({patch!r}, {{"train": train, "minirm": minirm, "rank": int(os.environ["RANK"])}})
     sys.exit(main(argv))
 def launch(argv):
     config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts={restarts}, start_method="fork")

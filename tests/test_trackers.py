@@ -2,13 +2,14 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import make_comparisons, read_metrics, write_jsonl
 
 import train
 from minirm.errors import InputError
-from minirm.report.trackers import open_trackers
+from minirm.report.trackers import MetricsLog
 
 WANDB = """# Weights & Biases as far as minirm knows it: what it is told goes into a file of the run's folder.
 import json, os
@@ -51,11 +52,16 @@ def told(output):
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
+def opened(tracker: str, output, start: int = 0) -> MetricsLog:
+    log = MetricsLog(output, Namespace(report_to=[tracker], freeze_ratio=0.7), start)
+    log.open()
+    return log
+
+
 def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run(wandb, tmp_path):
-    arguments = {"freeze_ratio": 0.7}
-    send = open_trackers(["wandb"], tmp_path, arguments, 0)
-    send({"step": 7, "loss": 0.5, "epoch": 1.0, "grad_norm": float("nan"), "list": [1, 2]})
-    open_trackers(["wandb"], tmp_path, arguments, 7)({"step": 8, "eval_loss": 0.4, "eval_accuracy/code": 1.0})
+    arguments = {"report_to": ["wandb"], "freeze_ratio": 0.7}
+    opened("wandb", tmp_path)({"step": 7, "loss": 0.5, "epoch": 1.0, "grad_norm": float("nan"), "list": [1, 2]})
+    opened("wandb", tmp_path, 7)({"step": 8, "eval_loss": 0.4, "eval_accuracy/code": 1.0})
     first, second = told(tmp_path)
     begun = {"rank": None, "project": "minirm", "config": arguments, "allow_val_change": True, "resume": "allow"}
     assert first[0] == ["init", {"id": None, **begun}] and second[0] == ["init", {"id": "a-run-c", **begun}]
@@ -68,7 +74,7 @@ def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run
 def test_wandb_that_refuses_ends_the_run_with_one_line(wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_REFUSES", "1")
     with pytest.raises(InputError, match=r"^--report_to wandb: no key.*log in") as error:
-        open_trackers(["wandb"], tmp_path, {}, 0)
+        opened("wandb", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -106,11 +112,11 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    send = open_trackers(["tensorboard"], tmp_path, {"seed": 0}, 0)
+    send = opened("tensorboard", tmp_path)
     for step in range(5):
         send({"step": step, "loss": float(step), "name": "text", "eval_histogram": {"edges": []}})
     send({"step": 2, "eval_accuracy": 0.5})
-    send = open_trackers(["tensorboard"], tmp_path, {"seed": 0}, 2)
+    send = opened("tensorboard", tmp_path, 2)
     for step in (3, 4, 5):
         send({"step": step, "loss": 10.0 + step})
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -8,8 +8,8 @@ from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-import train
 from minirm import TESTED
+from minirm.checks import warn_untested
 
 
 def pins(name: str) -> dict[str, str]:
@@ -40,7 +40,7 @@ def test_pins_lie_inside_the_tested_ranges_and_name_no_build():
 @pytest.mark.parametrize("version, said", [("2.13.0+cpu", False), ("2.10.1", True), ("9.0.0.dev1", True)])
 def test_a_start_with_versions_outside_the_range_says_so_in_one_line_and_goes_on(version, said, monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", version)
-    train.warn_untested()
+    warn_untested()
     lines = [line for line in capsys.readouterr().err.splitlines() if "torch " in line]
     assert (
         lines

@@ -1,17 +1,21 @@
 """Text for people: at the start, what became of the data and one pair as the model sees it; at the end, the quality."""
 
+import os
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
-from minirm.data.prepare import Prepared, totals
+from minirm.data.prepare import totals
 from minirm.data.tokens import common_prefix
 from minirm.errors import printable
 from minirm.freeze import Frozen
 from minirm.lora import without_adapter
 from minirm.rows import Batch
+from minirm.start import Inputs
 
 # AdamW moves a weight by about the learning rate per step. Runs with a shorter total path than this stayed at chance.
 LEAST_PATH = 1e-3
@@ -20,26 +24,23 @@ PUBLISHED = """--loss trlx, as published, reads both rewards at the place before
 well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
 
 
-def start_report(
-    args,
-    data: Prepared,
-    tokenizer,
-    model,
-    frozen: Frozen,
-    layout: str,
-    not_shared: str | None,
-    sample: list[Batch],
-    total_steps: int,
-) -> str:
+def print0(line: str) -> None:
+    """Print on rank 0 to stderr without breaking the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+
+
+def start_report(args, inputs: Inputs, sample: list[Batch], total_steps: int) -> str:
     """All flags, the table of comparisons, the trained share, the marked pair, and flags with no or too little effect.
 
-    not_shared: why rows are not shared; sample: some micro-batches of one process, to measure the share of padding.
+    sample: some micro-batches of one process, to measure the share of padding.
     """
+    data, layout, not_shared = inputs.data, inputs.layout, inputs.not_shared
     padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
     lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
     lines += ["", data_table(data.report, layout), ""]
     lines += [f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})"]
-    lines += [freeze_line(model, frozen), "", marked_pair(data.train[0], tokenizer), ""]
+    lines += [freeze_line(inputs.model, inputs.frozen), "", marked_pair(data.train[0], inputs.tokenizer), ""]
     margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
     alone = args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1
     for said, line in (

@@ -230,11 +230,11 @@ class Runs:
         ]  # fmt: skip
         agree, steps = train.run.agree, []
 
-        def signalled(caught: list[int], losses):
+        def signalled(caught: list[int], losses, *values):
             steps.append(1)
             if len(steps) == stop_after:
                 caught.append(signal.SIGTERM)
-            return agree(caught, losses)
+            return agree(caught, losses, *values)
 
         with patch.object(train.run, "agree", signalled), redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
             code = train.main([str(word) for word in words])
