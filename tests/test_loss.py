@@ -95,11 +95,7 @@ def test_losses_agree_with_the_published_loop_in_value_and_gradient(kind, seed):
     texts = random_texts(seed)
     scorer = Scorer(texts, seed)
     batch = collate(
-        as_groups(texts),
-        row_layout="separate",
-        pad_id=PAD,
-        row_limit=1000,
-        trlx_eos_id=EOS if kind == "trlx" else None,
+        as_groups(texts), row_layout="separate", pad_id=PAD, row_limit=1000, trlx_eos_id=EOS if kind == "trlx" else None
     )
     value = ours(kind, batch, scorer.of_batch(batch, texts))
     (gradient,) = torch.autograd.grad(value, scorer.table)
