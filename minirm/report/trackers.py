@@ -10,17 +10,17 @@ from minirm.errors import InputError, one_line
 
 
 def open_trackers(names: list[str], output: Path, arguments: dict, start: int) -> Callable[[dict], None]:
-    """Open the trackers of --report_to. Returns a function that sends them the numbers of a metrics.jsonl row.
+    """Open the trackers of --report_to. Returns a function that logs the numbers of a metrics.jsonl row to them.
 
-    Metrics are named as by transformers' Trainer: `train/loss`, `eval/accuracy`. A run resumed after `start` steps
-    continues in the same TensorBoard folder, which hides the rows that came after, and in the same Weights & Biases
-    run, which shows them twice. Raises InputError if Weights & Biases refuses (no key, no network).
+    Metrics have the names that transformers' Trainer uses: `train/loss`, `eval/accuracy`. A run that resumes after
+    `start` steps continues in the same TensorBoard folder, which hides rows of later steps, and in the same Weights &
+    Biases run, which shows those rows twice. Raises InputError if Weights & Biases fails (no key, no network).
     """
     writer = run = None
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter
 
-        # The evaluation of step `start` preceded its checkpoint; that of step 0 is about to run (again).
+        # The checkpoint of step `start` was written after its evaluation, so keep that row; step 0 is evaluated again.
         writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else 0)
         writer.add_text("args", json.dumps(arguments, indent=1), start)
     if "wandb" in names:
