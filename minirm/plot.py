@@ -127,7 +127,7 @@ def draw(runs: dict[str, list[dict]]):
                 calibration.plot(*points, **dots, label=f"measured{error}")
                 calibration.axline((0.5, 0.5), slope=1, color=GREY, linestyle=":", linewidth=1, label="perfect")
             if shares := best.get("eval_accuracy_by_position"):
-                position.plot(tenths := range(1, len(shares) + 1), shares, **dots, label="rewards at that place")
+                position.plot(tenths := range(1, len(shares) + 1), shares, **dots, label="model")
                 position.set_xticks(tenths)
                 longer = best["eval_length_accuracy"]
                 position.axhline(longer, color=other, linestyle=":", label="always the longer answer")

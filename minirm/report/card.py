@@ -64,7 +64,7 @@ curl localhost:8000/classify -H "Content-Type: application/json" \\
 
 ## Training
 
-Trained on {counts[kept]:,} pairs from {counts[prompts]:,} prompts. The model is that of step {result[step]:,}{best}.
+Trained on {counts[kept]:,} pairs from {counts[prompts]:,} prompts. The model is from step {result[step]:,}{best}.
 
 ```
 train.py {recipe}

@@ -61,8 +61,8 @@ def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
     rate, warm_up = args.learning_rate, args.warmup_steps if args.lr_scheduler_type != "constant" else 0
     path = rate * total_steps
     unreached = (
-        f"warning: --learning_rate is never reached: --warmup_steps is {warm_up}, and the run has {total_steps} steps; "
-        "use a tenth of the steps"
+        f"warning: --warmup_steps {warm_up} takes all {total_steps} steps, so --learning_rate is never reached; warm up for "
+        "a tenth of the steps"
     )
     little = (
         f"warning: {total_steps} steps at --learning_rate {rate:g} move a weight by at most {path:.1g}, but weights are "
