@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,17 +18,50 @@ import torch
 import transformers
 from processes import Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
+from minirm.checkpoint import checkpoints
+from minirm.data.prepare import prepare
 from minirm.errors import InputError
+from minirm.model import empty_model, load_config, saved_tensors
+from minirm.weights import load_weights, stored_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real comparisons, beside a checkout on some machines only
 WORDS = ["the", "a", "good", "bad", "answer", "question", "is", "was", "not", "very", "short", "long", "clear", "wrong"]
 WORDS += ["right", "helpful", "it", "this", "that", "and", "or"]
+NINE, ELEVEN = "a b c d e", "a b c d e f"  # five and six words, nine and eleven characters
+# Comparisons to count, and an evaluation to report.
+TRAIN = [
+    {"prompt": "p", "chosen": ELEVEN, "rejected": NINE},
+    {"prompt": "p", "chosen": NINE, "rejected": NINE + " f"},  # the same two answers, the other way round
+    {"prompt": "q", "chosen": ELEVEN, "rejected": NINE},
+    {"prompt": "r", "chosen": ELEVEN, "rejected": "a b c d f g"},  # as long as each other
+    {"prompt": "s", "chosen": NINE, "rejected": NINE},
+    {"prompt": "t", "chosen": NINE, "rejected": "one two"},
+    {"prompt": "u", "chosen": NINE, "rejected": ELEVEN, "margin": 0},
+]
+EVAL = [
+    {"prompt": "p", "chosen": NINE, "rejected": ELEVEN},
+    {"prompt": "v", "chosen": "yes", "rejected": "no"},
+]
+EVALUATION = {
+    "step": 1000,
+    "eval_loss": 0.5,
+    "eval_accuracy": 0.71234,
+    "eval_accuracy_low": 0.68,
+    "eval_accuracy_high": 0.742,
+    "eval_pairs": 1320,
+    "eval_ties": 2,
+    "eval_length_accuracy": 0.55,
+    "eval_calibration_error": 0.031,
+    "eval_reward_mean": -0.25,
+    "eval_reward_std": 1.5,
+}
 
-# Families that are small in every dimension; each has its own names for the same things.
 torch.set_num_threads(1)  # tiny models only wait for each other's threads
 
+# Families that are small in every dimension; each has its own names for the same things.
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 CONFIGS = {
     "gptj": lambda v: transformers.GPTJConfig(vocab_size=v, n_embd=32, n_layer=4, n_head=4, rotary_dim=4, n_positions=1024),
@@ -60,6 +94,16 @@ def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, bos_token=bos)
 
 
+def with_template(template, eos="</s>", bos="<s>", more=None):
+    """A tokenizer without merges that itself adds BOS or EOS: template "<s> $A </s>"."""
+    tokenizer = make_tokenizer(eos=eos, bos=None if bos == eos else bos, pad=more, texts=["x"])
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {eos, bos, more} - {None}}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token=eos, bos_token=bos
+    )
+
+
 def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
     """A random causal language model with its tokenizer in a folder, as a user would have it."""
     tokenizer = make_tokenizer()
@@ -69,6 +113,31 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def load(folder, seed=0):
+    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources.
+
+    It uses the published head, because errors in rewards near zero would be too small to notice.
+    """
+    config, tokenizer = load_config(str(folder))
+    model = empty_model(config)
+    read, weights = (
+        stored_weights(str(folder), config, model, seed, True),
+        load_weights(str(folder), config, seed, True),
+    )
+    model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    assert weights.keys() == dict(model.state_dict()).keys()
+    with torch.no_grad():
+        for name, target in saved_tensors(model):
+            assert target.shape == weights[name].shape, name
+            assert torch.equal(read(name), weights[name]) and read(name).dtype == weights[name].dtype, name
+            target.copy_(weights[name])
+    return model, config, tokenizer
+
+
+def state(model):
+    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
 
 
 def make_comparisons(count: int, seed: int = 0, per_prompt: int = 1) -> list[dict]:
@@ -131,7 +200,19 @@ def mounted(folder: Path, options: str):
 # What touches transformers or torch closely: it has to pass at both ends of the tested ranges (`-m core`).
 CORE = {
     f"test_{name}.py"
-    for name in ["attention", "estimate", "export", "families", "model", "shard", "train", "trunk_cache", "versions"]
+    for name in [
+        "attention",
+        "estimate",
+        "export",
+        "families",
+        "model",
+        "probe",
+        "shard",
+        "train",
+        "trunk_cache",
+        "versions",
+        "weights",
+    ]
 }
 
 
@@ -158,6 +239,28 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def rows_without_speeds(output):
+    return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in read_metrics(output)]
+
+
+def training(output):
+    return [row for row in read_metrics(output) if "loss" in row]
+
+
+def unfinished(finished, output, steps):
+    """A copy of a finished run, in the state of one that was killed after this many steps."""
+    shutil.copytree(finished, output)
+    for step, path in checkpoints(output).items():
+        if step > steps:
+            shutil.rmtree(path)
+    for path in [output / "config.json", *output.glob("*.safetensors")]:
+        path.unlink()
+    record = json.loads((output / "run.json").read_text())
+    del record["finished"]
+    (output / "run.json").write_text(json.dumps(record))
+    return output
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """model_folder("llama") -> a folder with that tiny model; made once per session."""
@@ -178,3 +281,51 @@ def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def characters():
+    """A tokenizer without merges."""
+    return make_tokenizer(texts=["x"])
+
+
+@pytest.fixture(scope="session")
+def small_data(characters, tmp_path_factory):
+    """TRAIN and EVAL, prepared."""
+    folder = tmp_path_factory.mktemp("report")
+    sources = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("train", TRAIN), ("eval", EVAL))]
+    return prepare(characters, *([source] for source in sources), separator="|", cache_dir=folder)
+
+
+@pytest.fixture(scope="session")
+def eight_steps(tmp_path_factory):
+    """Flags of a run of 8 steps on a tiny GPT-J, without --output_dir."""
+    folder = tmp_path_factory.mktemp("eight_steps")
+    return [
+        *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", 0.5, "--eval_steps", 3, "--max_steps", 8),
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(60))),
+        *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
+        *("--save_steps", 2, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
+        *("--head_learning_rate", 1e-3),
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(server, eight_steps, tmp_path_factory):
+    """A folder with a finished run that kept checkpoints 4, 6 and 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", folder / "run")
+    assert run.codes == [0], run.text()
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def twelve_steps(tmp_path_factory):
+    """Flags of a run of 12 steps on a tiny GPT-J, without --output_dir."""
+    folder = tmp_path_factory.mktemp("twelve_steps")
+    return [
+        *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", 0.5, "--eval_steps", 3, "--max_steps", 12),
+        *("--train_data", write_jsonl(folder / "train.jsonl", make_comparisons(64))),
+        *("--eval_data", write_jsonl(folder / "eval.jsonl", make_comparisons(5, seed=1))),
+        *("--save_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--warmup_steps", 3),
+    ]

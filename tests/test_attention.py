@@ -1,4 +1,4 @@
-"""Shared rows against one sequence per completion: masks, the probe, SDPA for GPT-J and GPT-Neo.
+"""Shared rows against one sequence per completion: masks, SDPA for GPT-J and GPT-Neo.
 
     python -m pytest tests/test_attention.py
 
@@ -11,22 +11,25 @@ import copy
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModel
-from transformers.utils import logging
 
-from minirm import attention, probe
 from minirm.attention import attention_mask, use_sdpa
-from minirm.probe import probe_shared_rows
 
 WINDOW = 5  # shorter than nearly all texts below
+
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+
 LLAMA = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
+
 NEO = {k: SIZES[k] for k in ("vocab_size", "hidden_size")} | {
     "num_layers": 2,
     "num_heads": 4,
     "max_position_embeddings": 64,
 }
+
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
 GEMMA = LLAMA | {"head_dim": 8}
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 # name: (class of config, its values). hidden_size and the like are common names that every one of them understands.
@@ -55,6 +58,7 @@ FAMILIES = {
     "gpt_oss": ("gpt_oss", GEMMA | {"sliding_window": WINDOW, "num_local_experts": 4, "layer_types": MIXED}),
     "falcon": ("falcon", SIZES),
 }
+
 REFUSED = {
     "bloom": ("bloom", SIZES),
     "mpt": ("mpt", SIZES),
@@ -66,15 +70,6 @@ REFUSED = {
 
 # A row each: (length of the prefix, lengths of the completions); all padded to the longest.
 ROWS = [(7, [6, 9]), (5, [3, 1, 4, 8, 2]), (0, [8, 6]), (6, [4, 9])]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Use one thread: with models this small, threads mostly wait, four times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(family, implementation=None):
@@ -257,103 +252,6 @@ def test_all_layers_share_one_mask_in_memory():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     assert kept == {mask.untyped_storage().data_ptr()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_probe_says_yes(family):
-    kind, values = FAMILIES[family]
-    assert probe_shared_rows(CONFIG_MAPPING[kind](**values)) is None
-
-
-def test_the_probe_tries_the_attention_that_will_run():
-    assert probe_shared_rows(CONFIG_MAPPING["llama"](attn_implementation="eager", **LLAMA)) is None
-    assert "flex_attention" in probe_shared_rows(CONFIG_MAPPING["llama"](attn_implementation="flex_attention", **LLAMA))
-
-
-@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES.values()}))
-def test_the_probe_says_yes_to_published_sizes(kind):
-    assert probe_shared_rows(CONFIG_MAPPING[kind]()) is None
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_the_probe_says_no_and_why(family):
-    kind, values = REFUSED[family]
-    reason = probe_shared_rows(CONFIG_MAPPING[kind](**values))
-    assert reason.startswith(f"{kind}: ") and "\n" not in reason and len(reason) < 300
-
-
-@pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "jamba", "doge"])
-def test_the_probe_says_no_to_published_sizes(kind):
-    assert probe_shared_rows(CONFIG_MAPPING[kind]()).startswith(f"{kind}: ")
-
-
-def test_ropes_that_change_with_length_are_exact_up_to_there():
-    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    config = CONFIG_MAPPING["llama"](max_position_embeddings=2048, rope_parameters=dynamic)
-    assert probe_shared_rows(config, max_length=2048) is None
-    assert "differ by" in probe_shared_rows(config, max_length=2049)
-    assert "differ by" in probe_shared_rows(config)
-    factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)]}
-    long = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=4096, **factors)
-    sizes = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
-    config = CONFIG_MAPPING["phi3"](rope_parameters=long, **sizes)
-    assert probe_shared_rows(config, max_length=550) is None
-    assert "differ by" in probe_shared_rows(config, max_length=8192)
-    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    llama3["original_max_position_embeddings"] = 8192
-    config = CONFIG_MAPPING["llama"](max_position_embeddings=131072, rope_parameters=llama3)
-    assert probe_shared_rows(config) is None
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo", "llama", "mistral, window", "qwen2, windows", "gemma2"])
-def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
-    """Each of these breaks the mask slightly; the last two only in models with windows."""
-    right = attention._additive
-    kind, values = FAMILIES[family]
-    config = CONFIG_MAPPING[kind](**values)
-
-    def sees_the_next_token(allowed, positions, *more, **near):
-        return right(allowed | torch.ones_like(allowed).tril(1) & (positions > 0)[:, None], positions, *more, **near)
-
-    def window_one_too_wide(allowed, positions, dtype, window=None):
-        return right(allowed, positions, dtype, None if window is None else window + 1)
-
-    def window_by_place(allowed, positions, *more, **near):
-        return right(allowed, torch.arange(allowed.shape[1])[None], *more, **near)
-
-    monkeypatch.setattr(attention, "_additive", sees_the_next_token)
-    assert "differ by" in probe_shared_rows(config)
-    if WINDOW in (values.get("sliding_window"), values.get("window_size")):
-        for wrong in (window_one_too_wide, window_by_place):
-            monkeypatch.setattr(attention, "_additive", wrong)
-            assert "differ by" in probe_shared_rows(config), wrong.__name__
-
-
-def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
-    """Gemma 2 reduced to two layers of one kind would have no full attention."""
-    shrunk = probe.shrunk
-
-    def careless(config, max_length):
-        small = shrunk(config, max_length)
-        small.layer_types = ["sliding_attention", "sliding_attention"]
-        return small
-
-    monkeypatch.setattr(probe, "shrunk", careless)
-    assert "lacks" in probe_shared_rows(CONFIG_MAPPING["gemma2"]())
-
-
-def test_the_probe_leaves_no_trace(capfd):
-    config = CONFIG_MAPPING["gptj"]()
-    threads = 2
-    torch.set_num_threads(threads)
-    before, state, verbosity = copy.deepcopy(config.__dict__), torch.get_rng_state(), logging.get_verbosity()
-    assert probe_shared_rows(config) is None
-    assert probe_shared_rows(CONFIG_MAPPING["recurrent_gemma"]()) is not None
-    assert config.__dict__ == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert logging.get_verbosity() == verbosity and torch.get_num_threads() == threads
-    torch.set_num_threads(1)
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("family", ["gptj", "gpt_neo"])

@@ -14,15 +14,15 @@ import warnings
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, ROOT, make_comparisons, make_model, make_tokenizer, read_metrics, write_jsonl
+from conftest import CONFIGS, ROOT, load, make_comparisons, read_metrics, state, write_jsonl
 from safetensors.torch import load_file
-from test_model import load, state
 
 from minirm import checkpoint, score
 from minirm.data.chat import join
 from minirm.weights import export
 
 FAMILIES = sorted(CONFIGS)
+
 # GPT-2 numbers positions without regard to the mask, so that padding on the left moves every token; OPT does look at it.
 LEFT = [family for family in FAMILIES if family != "gpt2"]
 
@@ -220,60 +220,6 @@ def test_a_text_that_is_cut_keeps_its_eos(trained):
     assert tokenizer(text, truncation=True, max_length=10)["input_ids"] == ids[-10:]
 
 
-@pytest.mark.parametrize("eos", [7, [7, 8]])
-def test_the_pad_token_is_not_eos_where_the_config_names_another_eos_than_the_tokenizer(tmp_path, eos):
-    """In instruction-tuned models the tokenizer's EOS ends a turn; the config has the base model's EOS, or both."""
-    tokenizer = make_tokenizer(pad="<pad>")
-    eos = [tokenizer.pad_token_id if i == 7 else i for i in eos] if isinstance(eos, list) else tokenizer.pad_token_id
-    make_model(tmp_path / "in", "qwen2", eos_token_id=eos)
-    tokenizer.save_pretrained(tmp_path / "in")
-    model, config, tokenizer = load(tmp_path / "in")
-    export(state(model), config, tokenizer, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["eos_token_id"] == tokenizer.eos_token_id != tokenizer.pad_token_id == config["pad_token_id"]
-
-
-def test_the_chat_template_is_exported(model_folder, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(model_folder("llama"), source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(source)
-    model, config, tokenizer = load(source)
-    export(state(model), config, tokenizer, tmp_path / "out")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.chat_template == tokenizer.chat_template
-    text = theirs.apply_chat_template([{"role": "user", "content": "it"}], tokenize=False)
-    assert text == "it<|endoftext|>"  # as it is scored
-
-
-def test_more_entries_of_the_configuration_are_read_back_as_they_were(model_folder, tmp_path):
-    model, config, tokenizer = load(model_folder("llama"))
-    notes = {"mean": -0.25, "std": 1.5, "minirm": {"separator": "\n\tß", "max_length": 99}}
-    export(state(model), config, tokenizer, tmp_path, notes)
-    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (theirs.mean, theirs.std, theirs.minirm) == (-0.25, 1.5, {"separator": "\n\tß", "max_length": 99})
-    assert not hasattr(config, "mean")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_path, dtype):
-    model, config, tokenizer = load(model_folder("gptj"))
-    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state(model).items()}
-    export(half, config, tokenizer, tmp_path)
-    assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {dtype}
-    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
-    assert other.dtype == dtype
-
-
-def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
-    model, config, tokenizer = load(model_folder("gpt2"))
-    weights = state(model)
-    del weights["trunk.ln_f.weight"]
-    with pytest.raises(RuntimeError, match=r"GPT2ForSequenceClassification .*transformer\.ln_f\.weight"):
-        export(weights, config, tokenizer, tmp_path)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_model_given_as_model_keeps_its_head_and_scores(trained, family):
     folder, noted = trained(family)
@@ -285,17 +231,6 @@ def test_an_exported_model_given_as_model_keeps_its_head_and_scores(trained, fam
     for ids, reward in list(noted.values())[:3]:
         with torch.no_grad():
             assert again(torch.tensor([ids]))[0, -1].item() == pytest.approx(reward, abs=1e-4)
-
-
-def test_opt_350m_whose_last_hidden_states_are_narrower_can_be_trained_and_exported(tmp_path):
-    changes = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
-    model, config, tokenizer = load(make_model(tmp_path / "in", "opt", **changes))
-    assert model.score.weight.shape == (1, 16)
-    export(state(model), config, tokenizer, tmp_path / "out")
-    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    ids = torch.tensor([tokenizer("the good answer is short")["input_ids"]])
-    with torch.no_grad():
-        assert torch.allclose(other(ids).logits[:, 0], model(ids)[:, -1], atol=1e-5)
 
 
 # -- Whole or not there. ------------------------------------------------------------------------------------------------
@@ -340,6 +275,7 @@ def versions(model_folder):
 
 
 IDS = torch.arange(10, 30)[None]
+
 SHARDED, SINGLE = "50KB", "5GB"
 
 

@@ -1,6 +1,5 @@
-"""Loading and refusing models: `python -m pytest tests/test_model.py`. Tiny random models, no network, 30 seconds."""
+"""Loading and refusing models: `python -m pytest tests/test_model.py`. Tiny random models, no network."""
 
-import argparse
 import json
 import math
 import re
@@ -9,44 +8,16 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, make_model, make_tokenizer
-from conftest import refusal as refused_in_one_line
-from safetensors.torch import load_file, save_file
+from conftest import CONFIGS, load, make_model, make_tokenizer, state
 from test_attention import FAMILIES as FAMILIES_BY_NAME
 from test_attention import REFUSED
 
 from minirm.errors import InputError
 from minirm.loss import pairwise_loss
-from minirm.model import PAD_TOKEN, RewardModel, empty_model, init_head, load_config, saved_tensors
-from minirm.weights import choose_precision, export, load_weights, stored_dtype, stored_weights
+from minirm.model import PAD_TOKEN, RewardModel, empty_model, init_head, load_config
+from minirm.weights import export
 
 FAMILIES = ["gpt2", "gptj", "llama", "qwen2", "gpt_neox", "opt"]
-
-
-def load(folder, seed=0):
-    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources.
-
-    It uses the published head, because errors in rewards near zero would be too small to notice.
-    """
-    config, tokenizer = load_config(str(folder))
-    model = empty_model(config)
-    read, weights = (
-        stored_weights(str(folder), config, model, seed, True),
-        load_weights(str(folder), config, seed, True),
-    )
-    model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
-    assert weights.keys() == dict(model.state_dict()).keys()
-    with torch.no_grad():
-        for name, target in saved_tensors(model):
-            assert target.shape == weights[name].shape, name
-            assert torch.equal(read(name), weights[name]) and read(name).dtype == weights[name].dtype, name
-            target.copy_(weights[name])
-    return model, config, tokenizer
-
-
-def state(model):
-    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-
 
 TEXT = "a very long and helpful answer, or is it the question that was long?"
 
@@ -297,135 +268,6 @@ def test_a_model_that_brings_its_own_code_is_refused_without_a_question(model_fo
     assert "custom code" in refusal(tmp_path / "x")
 
 
-def changed(model_folder, family, folder, change, **values):
-    """Copy a model folder and apply change(tensors) to its stored tensors -> the copy's name and config."""
-    shutil.copytree(model_folder(family, **values), folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder), load_config(str(folder))[0]
-
-
-def test_missing_and_misplaced_weights_are_refused_by_name(model_folder, tmp_path):
-    hole = "transformer.h.2.mlp.c_fc.weight"
-    name, config = changed(model_folder, "gpt2", tmp_path / "a", lambda w: {k: v for k, v in w.items() if k != hole})
-    assert stored_weights(name, config, empty_model(config), 0) is None
-    with pytest.raises(InputError, match=r"weights missing from the checkpoint: .*h\.2\.mlp\.c_fc\.weight \(1\)"):
-        load_weights(name, config, 0)
-    fifth = {"model.layers.4.mlp.up_proj.weight": torch.zeros(64, 32), "model.memory": torch.zeros(3)}
-    name, config = changed(model_folder, "llama", tmp_path / "b", lambda w: w | fifth)
-    assert stored_weights(name, config, empty_model(config), 0) is None
-    with pytest.raises(InputError, match=r"of no use in the checkpoint: model\.layers\.4\.mlp.*, model\.memory \(2\)"):
-        load_weights(name, config, 0)
-
-
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_heads_and_the_buffers_of_old_checkpoints_are_left_aside(prefix, model_folder, tmp_path):
-    """The names in EleutherAI/gpt-j-6b's file, and those of a value head, with and without the trunk's prefix."""
-
-    def old(weights):
-        weights = {key.replace("transformer.", prefix): value for key, value in weights.items()}
-        for layer in range(4):
-            weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8)
-            weights[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
-        return weights | {"v_head.summary.weight": torch.ones(1, 32), "lm_head.weight": torch.ones(9, 32)}
-
-    name, config = changed(model_folder, "gptj", tmp_path / "x", old)
-    expected = load_weights(str(model_folder("gptj")), config, 0)
-    read, weights = stored_weights(name, config, empty_model(config), 0), load_weights(name, config, 0)
-    for key, value in expected.items():
-        assert torch.equal(read(key), value) and torch.equal(weights[key], value), key
-
-
-@pytest.mark.parametrize("way", ["sharded", "bin", "sharded bin", "half"])
-def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tmp_path):
-    """Rows read alone equal those of the full tensor; .bin files can only be read in full, and never run code."""
-    name, (folder, half) = tmp_path / "x", (model_folder("opt"), way == "half")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16 if half else torch.float32)
-    shutil.copytree(folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
-    if way == "bin":
-        torch.save(model.state_dict(), name / "pytorch_model.bin")
-    elif way == "sharded bin":
-        parts = {f"pytorch_model-{i}.bin": list(model.state_dict())[i::2] for i in range(2)}
-        for file, keys in parts.items():
-            torch.save({key: model.state_dict()[key] for key in keys}, name / file)
-        index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
-        (name / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    else:
-        model.save_pretrained(name, max_shard_size="20KB" if way == "sharded" else "5GB")
-        assert len(list(name.glob("*.safetensors"))) == (1 if half else 10)
-    config, _ = load_config(str(name))
-    expected = load_weights(str(folder), config, 0)
-    read, weights = stored_weights(str(name), config, empty_model(config), 0), load_weights(str(name), config, 0)
-    assert (read is None) == ("bin" in way)
-    for key, value in expected.items():
-        value = value.half() if half and key != "score.weight" else value
-        assert torch.equal(weights[key], value) and weights[key].dtype == value.dtype, key
-        for start, stop in ((0, 1), (1, len(value) - 1), (len(value) - 1, len(value)), (2, 2)) if read else ():
-            assert torch.equal(read(key, start, stop), value[start:stop]), (key, start, stop)
-
-
-class Code:
-    """A pickle may contain a call, which is made on loading."""
-
-    def __reduce__(self):
-        return RAN.append, (1,)
-
-
-RAN: list[int] = []
-
-
-@pytest.mark.parametrize("kind", ["code", "namespace", "pointer", "script"])
-def test_a_bin_of_more_than_tensors_is_refused_with_a_command_that_converts_it(
-    kind, model_folder, tmp_path, monkeypatch
-):
-    """A call, a training script's arguments, a git-lfs pointer, TorchScript: each time torch's own message advises
-    loading with weights_only=False."""
-    folder = tmp_path / "x"
-    shutil.copytree(model_folder("gpt2"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    weights, path = load_file(model_folder("gpt2") / "model.safetensors"), folder / "pytorch_model.bin"
-    if kind == "pointer":
-        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
-    elif kind == "script":
-        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
-    else:
-        torch.save(weights | {"x": Code() if kind == "code" else argparse.Namespace(lr=1)}, path)
-    config, _ = load_config(str(folder))
-    message = refused_in_one_line(load_weights, str(folder), config, 0)
-    assert message.startswith(f"--model {folder}: its .bin weights are not only tensors") and not RAN
-    if kind == "namespace":
-        monkeypatch.chdir(folder)
-        exec(re.search('python -c "(.*)"$', message)[1], {})  # noqa: S102, as the person would type it
-        expected = load_weights(str(model_folder("gpt2")), config, 0)
-        assert all(torch.equal(value, expected[key]) for key, value in load_weights(str(folder), config, 0).items())
-
-
-def test_tied_embeddings_that_are_stored_as_the_output_layer_are_found(model_folder, tmp_path):
-    def as_output(weights):
-        return {"lm_head.weight" if key == "transformer.wte.weight" else key: value for key, value in weights.items()}
-
-    name, config = changed(model_folder, "gpt2", tmp_path / "x", as_output)
-    expected = load_weights(str(model_folder("gpt2")), config, 0)
-    assert stored_weights(name, config, empty_model(config), 0) is None
-    assert all(torch.equal(value, expected[key]) for key, value in load_weights(name, config, 0).items())
-
-
-def test_experts_that_transformers_fuses_are_left_to_it(tmp_path):
-    """Mixtral stores experts' matrices one by one and computes with all of them in one tensor."""
-    folder, tokenizer = tmp_path / "mixtral", make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    values = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.MixtralConfig(vocab_size=len(tokenizer), num_local_experts=2, num_key_value_heads=2, **values)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    assert "model.layers.1.block_sparse_moe.experts.1.w1.weight" in load_file(folder / "model.safetensors")
-    config, _ = load_config(str(folder))
-    assert stored_weights(str(folder), config, empty_model(config), 0) is None
-    weights, wanted = load_weights(str(folder), config, 0), dict(model.model.named_parameters())
-    assert wanted["layers.1.mlp.experts.gate_up_proj"].shape == (2, 32, 32)
-    for key, value in wanted.items():
-        assert torch.equal(weights[f"trunk.{key}"][: len(value)], value), key
-
-
 @pytest.mark.parametrize("family", [*FAMILIES_BY_NAME, *REFUSED])
 def test_buffers_that_no_checkpoint_has_are_those_of_from_pretrained(family, tmp_path):
     """Rotary frequencies, masks and embedding scales are bitwise equal in every family."""
@@ -439,45 +281,7 @@ def test_buffers_that_no_checkpoint_has_are_those_of_from_pretrained(family, tmp
         assert torch.equal(buffer, wanted[name]) and buffer.dtype == wanted[name].dtype, name
 
 
-def test_a_folder_without_weights_or_with_half_of_them_is_refused(model_folder, tmp_path):
-    shutil.copytree(model_folder("gpt2"), tmp_path / "x")
-    config, _ = load_config(str(tmp_path / "x"))
-    path = tmp_path / "x" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="its weights cannot be loaded"):
-        load_weights(str(tmp_path / "x"), config, 0)
-    path.unlink()
-    with pytest.raises(InputError, match="its weights cannot be loaded"):
-        load_weights(str(tmp_path / "x"), config, 0)
-
-
-def test_weights_of_another_shape_than_the_config_says_are_refused(model_folder, tmp_path):
-    shutil.copytree(model_folder("gpt2"), tmp_path / "x")
-    path = tmp_path / "x" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": 77}))
-    config, _ = load_config(str(tmp_path / "x"))
-    with pytest.raises(InputError, match="its weights cannot be loaded|missing"):
-        load_weights(str(tmp_path / "x"), config, 0)
-
-
 def test_the_reward_model_takes_a_trunk_that_a_person_made():
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     rewards = RewardModel(transformers.AutoModel.from_config(config))(torch.arange(10)[None])
     assert rewards.shape == (1, 10) and rewards.requires_grad
-
-
-@pytest.mark.parametrize("dtype, name", [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
-def test_precision_auto_is_bf16_for_weights_stored_so_where_the_gpu_computes_it(dtype, name, model_folder, tmp_path):
-    """The device is faked: its kind and whether it computes in bf16 are arguments."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama")).to(dtype)
-    model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    for folder in (str(tmp_path / "one"), str(tmp_path / "shards")):
-        assert stored_dtype(folder) == name
-        assert choose_precision(folder, "cuda", True)[0] == ("bf16" if name == "BF16" else "fp16")
-        assert choose_precision(folder, "cuda", False)[0] == "fp16"
-        assert choose_precision(folder, "cpu", True) == ("fp32", "on a CPU")
-    (tmp_path / "one" / "model.safetensors").unlink()
-    assert choose_precision(str(tmp_path / "one"), "cuda", True)[0] == (
-        "bf16" if name == "BF16" else "fp16"
-    )  # by config.json

@@ -8,8 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, make_comparisons, make_tokenizer, write_jsonl
-from test_model import load, state
+from conftest import CONFIGS, load, make_comparisons, make_tokenizer, state, write_jsonl
 
 from minirm import score
 from minirm.data.chat import join

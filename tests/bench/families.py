@@ -23,9 +23,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import make_comparisons, make_tokenizer, read_metrics, write_jsonl
+from conftest import make_comparisons, make_tokenizer, read_metrics, write_jsonl  # sets where datasets caches
 
-sys.modules["matplotlib"] = None
+# isort: split
 import datasets
 import torch
 import transformers
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    sys.modules["matplotlib"] = None  # drawing curves would take longer than a run
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     results = {}

@@ -1,0 +1,251 @@
+"""Exact resumption, and what a run refuses to resume: `python -m pytest tests/test_run.py`. No network.
+
+Random kills are in tests/test_faults.py.
+"""
+
+import shutil
+import signal
+
+import pytest
+from conftest import make_comparisons, make_model, mounted, rows_without_speeds, unfinished, write_jsonl
+
+from minirm.checkpoint import START, checkpoints, verify
+from minirm.errors import InputError
+from minirm.run import Run, accumulation, check_output, differences
+
+
+def contents(output):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(output.rglob("*")) if path.is_file()}
+
+
+# -- Going on. ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_finished_says_so_and_changes_nothing(server, eight_steps, finished):
+    before = contents(finished)
+    run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", finished)
+    assert run.codes == [0] and "finished after 8 steps; nothing is left to do" in run.text()
+    assert contents(finished) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over_and_the_run_comes_to_the_same_end(
+    server, eight_steps, finished, tmp_path
+):
+    output = unfinished(finished, tmp_path / "run", 6)
+    damaged = next((output / "checkpoint-6").glob("*.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    (output / "checkpoint-8.partial").mkdir()  # of a save that did not come to its end
+    run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", output)
+    assert run.codes == [0], run.text()
+    assert f"checkpoint-6 is not whole: {damaged.name}" in run.text()
+    assert "goes on from" in run.text() and "checkpoint-4, step 4 of 8" in run.text()
+    assert rows_without_speeds(output) == rows_without_speeds(finished)
+    assert list(checkpoints(output)) == [8, 6, 4] and not list(output.glob("*.partial"))
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    for path in checkpoints(output).values():
+        verify(path)
+
+
+def test_no_whole_checkpoint_is_refused_and_nothing_is_thrown_away(server, eight_steps, finished, tmp_path):
+    output = unfinished(finished, tmp_path / "run", 4)
+    (output / "checkpoint-4" / "checkpoint.json").unlink()
+    before = contents(output)
+    run = server.run(*eight_steps, "--output_dir", output)
+    assert run.codes == [2] and "checkpoint-4 is not whole: checkpoint.json: No such file" in run.text()
+    assert contents(output) == before
+
+
+def test_another_recipe_data_or_model_is_refused_with_all_differences(server, eight_steps, finished, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
+    before = contents(finished)
+    changed = [
+        *eight_steps,
+        "--output_dir",
+        finished,
+        "--learning_rate",
+        2e-3,
+        "--precision",
+        "bf16",
+        "--train_data",
+        other,
+    ]
+    run = server.run(*changed, "--model", make_model(tmp_path / "model", "gptj", seed=5))
+    assert run.codes == [2]
+    (line,) = [line for line in run.text().splitlines() if "error:" in line]
+    for words in (
+        "--learning_rate was 0.001, is 0.002",
+        "--precision was 'fp32', is 'bf16'",
+        "--train_data: the content has changed",
+        "weights of --model: the content has changed",
+    ):
+        assert words in line
+    assert "warmup" not in line and "tokenizer" not in line
+    assert contents(finished) == before
+
+
+def test_processes_that_were_given_different_things_are_refused_with_all_differences(server, eight_steps, tmp_path):
+    """This happens on two machines if one has older files or was started with another command."""
+    other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
+    patch = f"""
+parse = train.parse_args
+def parse_args(argv):
+    args = parse(argv)
+    if rank == 1:
+        args.train_data, args.learning_rate = ["{other}"], 2e-3
+    return args
+train.parse_args = parse_args
+"""
+    run = server.run(*eight_steps, "--output_dir", tmp_path / "run", world=2, patch=patch)
+    assert run.codes == [2, 2], run.text()[-3000:]
+    (line,) = [line for line in run.text().splitlines() if "error:" in line]
+    assert "process 1 was given another run than process 0: --train_data: the content has changed; --learn" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, eight_steps, finished, tmp_path):
+    """Linear, 3 steps of warm-up: after step s of n the rate is lr * (n - s) / (n - 3)."""
+    flags = [*eight_steps, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "linear", "--eval_steps", 0]
+    assert server.run(*flags, "--max_steps", 5).codes == [0]
+    run = server.run(*flags, "--max_steps", 11)
+    assert run.codes == [0], run.text()
+    rates = {row["step"]: row["learning_rate"] for row in rows_without_speeds(tmp_path / "run") if "loss" in row}
+    assert rates[5] == 0
+    assert [rates[s] for s in (6, 10, 11)] == pytest.approx([1e-3 * 5 / 8, 1e-3 * 1 / 8, 0])
+    run = server.run(*flags, "--max_steps", 9)
+    assert run.codes == [2] and "at step 11 already, 9 were asked for" in run.text()
+
+
+def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, eight_steps, tmp_path):
+    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. In fp32 to 1e-5: the order of sums differs."""
+    flags = [*eight_steps, "--gradient_accumulation_steps", 6]
+    assert server.run(*flags, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
+    for world, steps, micro_steps in ((2, 2, 6), (3, 4, 4), (1, 6, 12), (2, 8, 6)):
+        run = server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / "changing", world=world)
+        assert run.codes == [0] * world, run.text()
+        assert f"--gradient_accumulation_steps {micro_steps}\n" in run.text()
+    # Each of the four runs evaluated at its end, too.
+    straight, changing = (
+        {r["step"]: r for r in rows_without_speeds(tmp_path / o) if "loss" in r} for o in ("straight", "changing")
+    )
+    assert straight.keys() == changing.keys() == set(range(1, 9))
+    for step, row in straight.items():
+        assert changing[step] == pytest.approx(row, rel=1e-5, abs=1e-5)
+
+
+def test_the_global_batch_is_kept_or_refused_with_both_numbers():
+    run = Run(
+        START | {"recipe": {"prompts a step": 8}, "processes": 2}, None, 0
+    )  # begun as 2 processes x 1 prompt x 4 micro-steps
+    assert accumulation(run, 2, 1, 4) == 4
+    assert accumulation(run, 4, 1, 4) == 2
+    assert accumulation(run, 1, 2, 4) == 4
+    for processes, batch_size, asked in ((3, 1, 4), (2, 1, 8), (16, 1, 1)):
+        with pytest.raises(InputError, match=f"8 prompts a step.* are {processes * batch_size * asked};"):
+            accumulation(run, processes, batch_size, asked)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(server, eight_steps, finished, tmp_path):
+    output = unfinished(finished, tmp_path / "run", 0)
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    run = server.run(*eight_steps, "--output_dir", output)
+    assert run.codes == [0] and "goes on from" not in run.text()
+    assert rows_without_speeds(output) == rows_without_speeds(finished)
+
+
+def test_a_checkpoint_folder_begins_another_output_folder(server, eight_steps, finished, tmp_path):
+    run = server.run(
+        *eight_steps, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"
+    )
+    assert run.codes == [0], run.text()
+    assert rows_without_speeds(tmp_path / "new") == [row for row in rows_without_speeds(finished) if row["step"] > 4]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("none", "holds a run"),
+        ("checkpoint-4", "holds a run that has got further"),
+        ("nowhere", "nowhere is not whole: SHA256SUMS: No such file"),
+    ],
+)
+def test_what_cannot_be_resumed_from_is_refused(server, eight_steps, finished, choice, words):
+    before = contents(finished)
+    where = choice if choice == "none" else finished / choice
+    run = server.run(*eight_steps, "--output_dir", finished, "--resume_from_checkpoint", where)
+    assert run.codes == [2] and words in run.text(), run.text()
+    assert contents(finished) == before
+
+
+def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_there_again(
+    server, eight_steps, finished, tmp_path
+):
+    """It was killed before its first own checkpoint; earlier rows of metrics.jsonl are removed."""
+    flags = [*eight_steps, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
+    kill = "import os; train.checkpoint.save = lambda *_: os.kill(os.getpid(), 9)"
+    assert server.run(*flags, patch=kill).codes == [-9] and rows_without_speeds(tmp_path / "new")
+    run = server.run(*flags)
+    assert run.codes == [0], run.text()
+    assert rows_without_speeds(tmp_path / "new") == [row for row in rows_without_speeds(finished) if row["step"] > 4]
+
+
+# -- The folder. ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path):
+    check_output(tmp_path, "auto")
+    (tmp_path / "run.json.partial").touch()  # of a run killed in its first moment
+    check_output(tmp_path, "auto")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="another run's files"):
+        check_output(tmp_path, "auto")
+    for path in (tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "run"):
+        with pytest.raises(InputError, match="thesis.tex is not a folder that can be written"):
+            check_output(path, "auto")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(server, eight_steps, tmp_path):
+    with mounted(tmp_path / "small", "ro") as place:
+        run = server.run(*eight_steps, "--output_dir", place / "run", patch="train.prepare = None")
+        assert run.codes == [2] and f"{place} is not a folder that can be written" in run.text(), run.text()
+
+
+def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_checkpoint(server, eight_steps, tmp_path):
+    """A checkpoint takes 0.31 MB here, so two fit beside the rest, but not three."""
+    with mounted(tmp_path / "small", "size=800k") as place:
+        output = place / "run"
+        run = server.run(*eight_steps, "--output_dir", output, "--keep", "last", "--save_total_limit", 3, world=2)
+        assert run.codes == [3, 3], run.text()
+        (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
+        assert f"{output}/checkpoint-6" in line and "bytes" in line and "checkpoint-4 is whole" in line
+        assert list(checkpoints(output)) == [4, 2] and not list(output.glob("*.partial"))
+        shutil.rmtree(output / "checkpoint-2")
+        run = server.run(*eight_steps, "--output_dir", output, "--keep", "last", "--save_total_limit", 1, world=2)
+        assert run.codes == [0, 0] and "checkpoint-4, step 4 of 8" in run.text(), run.text()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(server, eight_steps, tmp_path):
+    first = server.start(*eight_steps, "--output_dir", tmp_path / "run")
+    first.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    first.kill(signal.SIGSTOP)
+    second = server.run(*eight_steps, "--output_dir", tmp_path / "run")
+    first.kill(signal.SIGCONT)
+    assert second.codes == [2] and "another run is writing there" in second.text()
+    assert first.wait() == [0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7"])
+def test_a_record_that_was_edited_into_something_else_is_refused(server, eight_steps, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    run = server.run(*eight_steps, "--output_dir", tmp_path / "run")
+    assert run.codes == [2] and "run.json cannot be read; give a whole checkpoint" in run.text()
+
+
+def test_differences_leaves_out_what_one_side_does_not_know():
+    assert (
+        differences({"loss": "last", "old": 1, "prompts a step": 4}, {"loss": "last", "new": 2, "prompts a step": 8})
+        == []
+    )
