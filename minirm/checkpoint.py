@@ -102,10 +102,8 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
 def writing(path: Path, size: int) -> Iterator[None]:
     """Like `files.writing`, for files in the output folder: the Stop also names the newest checkpoint."""
     output = path if path.is_dir() else path.parent
-    earlier = next(
-        (f"{folder.name} is intact" for folder in checkpoints(output).values()), "there is no checkpoint yet"
-    )
-    with files.writing(path, size, earlier):
+    newest = next(iter(checkpoints(output).values()), None)
+    with files.writing(path, size, f"{newest.name} is intact" if newest else "there is no checkpoint yet"):
         try:
             yield
         except CheckpointException as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minirm.errors import Stop, one_line
+from minirm.errors import Stop, disk_is_full, one_line
 
 PARTIAL = ".partial"  # suffix of incomplete files and folders, which are safe to remove
 
@@ -58,7 +58,7 @@ def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
         place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
         needed = f"needs {size:,} bytes, " if size else ""
         room = f"{needed}{shutil.disk_usage(place).free:,} bytes are free{f'; {earlier}' if earlier else ''}"
-        advice = "free some space and run the same command again"
+        advice = f"{'free some space' if disk_is_full(error) else 'fix this'} and run the same command again"
         raise Stop(f"{path}: could not be written ({one_line(error)}): {room}; {advice}", 3) from None
 
 

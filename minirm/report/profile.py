@@ -30,7 +30,9 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, time_shares(profile.events()), group=group)
         if rank == 0:
-            print(f"profiled {steps} steps (traces: {printable(output)}/trace-rank*.json.gz); shares of each process's time:")
+            print(
+                f"profiled {steps} steps (traces: {printable(output)}/trace-rank*.json.gz); shares of each process's time:"
+            )
             print(profile_table(everyone, steps))
 
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1, skip_first=1)
