@@ -95,7 +95,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             # name to other processes even after the rename.
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    return f"saved {final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
 
 
 @contextmanager
