@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, verified by checksum, loaded on any number of processes.
 
     checkpoint-<step>/   shard-*.safetensors   trained parameters, optimizer state and, as `best.*`, the parameters at
-                                               the best evaluation if that was an earlier one; a file per process
-                         checkpoint.json       everything else that an exact resume needs, readable
+                                               the best evaluation if that was an earlier one; one file per process
+                         checkpoint.json       everything else that an exact resume needs, as readable text
                          SHA256SUMS            checksums of the files above, for `sha256sum -c`
 
 No file is a pickle. RNG state is not saved, because training draws no random numbers: dropout is off, and the order of
@@ -33,8 +33,8 @@ from minirm.files import PARTIAL, file_digest, put, to_disk
 from minirm.shard import on_first_process
 
 STATE, SUMS, METRICS = "checkpoint.json", "SHA256SUMS", "metrics.jsonl"
-# Fields of checkpoint.json. sums: each process's metric sums since the last logged row, so that a resumed run adds up
-# in the same order. result, best: last evaluation and the one with the lowest loss. metrics: bytes of metrics.jsonl.
+# Fields of checkpoint.json. sums: each process's metric sums since the last logged row, so that a resumed run adds in
+# the same order. result, best: the last evaluation and the one with the lowest loss. metrics: size of metrics.jsonl.
 START = {
     "step": 0, "schedule_steps": 0, "skipped_steps": 0, "scaler": {}, "seconds": 0.0, "sums": [], "result": {}, "best": {},
     "recipe": {}, "processes": 0, "arguments": {}, "metrics": 0,
@@ -49,7 +49,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 # -- Writing and reading. ---------------------------------------------------------------------------------------------
 def best_is_own(state: dict) -> bool:
-    """Whether the best evaluation, if any, is that of the checkpoint's own parameters."""
+    """Whether the best evaluation, if there is one, used the checkpoint's own parameters."""
     return state["best"].get("step", state["step"]) == state["step"]
 
 
@@ -61,7 +61,7 @@ def copies(trained: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
 def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
     """{name: tensor} to save, still sharded. Omits frozen parameters, and the best ones if they are the current ones.
 
-    Does not use `get_state_dict`, which makes an optimizer without state (fp16 skips its first steps) take a step.
+    Does not use `get_state_dict`, because it makes an optimizer without state (fp16 skips the first steps) take a step.
     """
     kept = {f"model.{name}": p.detach() for name, p in trained.items()}
     kept |= {f"optimizer.{n}.{key}": v for n, p in trained.items() for key, v in optimizer.state.get(p, {}).items()}
@@ -69,10 +69,10 @@ def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict
 
 
 def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict, limit: int, group) -> str:
-    """Write checkpoint-<step> and remove old ones beyond `limit` (0: none). All processes call it. Returns a log line.
+    """Write checkpoint-<step> and keep the newest `limit` (0: all). All processes must call it. Returns a log line.
 
     best: `copies` from the time of state["best"], or {}.
-    state["sums"]: [8], this process's own; the other entries, as in START and more, are the same on all processes.
+    state: entries as in START, and perhaps more; all are the same on all processes, except state["sums"] [8].
     Raises Stop on every process if writing fails; earlier checkpoints stay untouched.
     """
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
     with writing(final, sum(t.numel() * t.element_size() for t in kept.values())):
         try:
             on_first_process(group, partial.mkdir)
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # synced to disk
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # syncs its files to disk
             dcp.save(kept, storage_writer=writer, process_group=group)
             mine = {p.name: file_digest(p) for p in partial.glob(f"shard-{dist.get_rank() + 1:05d}-*")}
             everyone: list[Any] = [None] * dist.get_world_size()
@@ -91,18 +91,19 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, digests, limit)
         except BaseException:  # CheckpointException derives from it
-            # A partial checkpoint only wastes space. Not in `finally`: after the rename others may still see this name.
+            # A partial checkpoint only wastes space. This is not in `finally`, because a file system may show the old
+            # name to other processes even after the rename.
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return f"{final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
+    return f"saved {final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
 
 
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
     """Like `files.writing`, for files in the output folder: the Stop also names the newest checkpoint."""
     output = path if path.is_dir() else path.parent
-    earlier = [folder.name for folder in checkpoints(output).values()]
-    with files.writing(path, size, f"{earlier[0] if earlier else 'No checkpoint'} is whole"):
+    newest = next(iter(checkpoints(output).values()), None)
+    with files.writing(path, size, f"{newest.name} is intact" if newest else "there is no checkpoint yet"):
         try:
             yield
         except CheckpointException as error:
@@ -117,13 +118,13 @@ def _cause(error: BaseException) -> BaseException:
 def _complete(partial: Path, final: Path, state: dict, digests: dict[str, str], limit: int) -> int:
     """Add checkpoint.json and SHA256SUMS, rename the folder and remove old checkpoints. Returns its size in bytes."""
     if missing := [name for name in digests if not (partial / name).exists()]:
-        raise OSError(f"{missing[0]} is not seen by the first process; all machines must share --output_dir")
+        raise OSError(f"process 0 does not see {missing[0]}; all machines must share --output_dir")
     to_disk(metrics := final.with_name(METRICS))
     state = state | {"metrics": metrics.stat().st_size}
     put(partial / STATE, json.dumps(state, indent=1).encode())
     digests[STATE] = file_digest(partial / STATE)
     put(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode())
-    _remove(final)  # a damaged one, or one beyond the step from which the run was resumed
+    _remove(final)  # it may be damaged, or from beyond the step at which the run resumed
     os.rename(partial, final)
     to_disk(final.parent)
     there = checkpoints(final.parent)
@@ -134,7 +135,7 @@ def _complete(partial: Path, final: Path, state: dict, digests: dict[str, str], 
 
 
 def _remove(folder: Path) -> None:
-    """Rename the folder before removing it, so that a half-removed one is not taken for a checkpoint."""
+    """Rename a folder before removing it, so that a half-removed one is not taken for a checkpoint."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}")))
 
@@ -144,7 +145,7 @@ def whole_model(output: Path) -> Iterator[Path]:
     """Yield a folder for the trained model's files; they move to `output` once all of them are on disk.
 
     A model does not load without config.json, which is removed first and added last. So `output` always holds the old
-    model, the new one, or none that loads, but never the weights of one with shards or the config of the other.
+    model, the new one, or none that loads, but never a mixture of the two.
     """
     partial = output / f"model{PARTIAL}"
     try:
@@ -165,7 +166,7 @@ def whole_model(output: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path) -> dict:
-    """Verify every byte of a checkpoint and return its state. Raises ValueError that says what is damaged."""
+    """Verify every byte of a checkpoint and return its state. Raises ValueError with what is damaged."""
     try:
         sums = (folder / SUMS).read_text(errors="replace")
         files = [folder / STATE, *folder.glob("*.safetensors")]
@@ -173,10 +174,10 @@ def verify(folder: Path) -> dict:
             lines = {f"{digest}  {path.name}\n" for path, digest in zip(files, pool.map(file_digest, files))}
         if odd := lines ^ {*sums.splitlines(keepends=True)}:
             name = one_line(min(odd).partition("  ")[2])
-            raise ValueError(f"{name} or its line in {SUMS} is not as it was written")
+            raise ValueError(f"{name} does not match {SUMS}")
         state = json.loads((folder / STATE).read_text())
         if wrong := [key for key, value in START.items() if type(state.get(key)) is not type(value)]:
-            raise ValueError(f"{STATE} has no {', '.join(wrong)}")
+            raise ValueError(f"{STATE} lacks {', '.join(wrong)}")
         state["recipe"]["prompts a step"]
         [0.0 + row["step"] + row["eval_loss"] for row in (state["result"], state["best"] or state["result"])]
         torch.tensor(state["sums"], dtype=torch.float64).view(-1, 8)
@@ -184,7 +185,7 @@ def verify(folder: Path) -> dict:
     except OSError as error:
         raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{STATE} is of another form ({one_line(error)})") from None
+        raise ValueError(f"{STATE} has an unexpected form ({one_line(error)})") from None
 
 
 def load(
@@ -194,7 +195,7 @@ def load(
 
     Returns the parameters from the time of state["best"], as `copies` does, or {}. Raises InputError if loading fails.
     """
-    best = dict(copies(trained)) if state["best"] else {}  # to be filled
+    best = dict(copies(trained)) if state["best"] else {}  # dcp.load fills it
     reader = HuggingFaceStorageReader(str(folder))
     try:
         for stored, item in reader.read_metadata().state_dict_metadata.items():

@@ -1,4 +1,4 @@
-"""Readable errors: one line that says what is wrong, where, what was expected and what to do."""
+"""Readable errors: one line that says what is wrong, where, what was expected, and what to do."""
 
 import argparse
 import errno
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message is one line: what, where, what was expected, what to do."""
+    """The user's input is wrong. The message is one line: what is wrong, where, what was expected, what to do."""
 
 
 @contextmanager
 def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds into an InputError that says what, why, and what to do.
+    """Turn exceptions of these kinds into an InputError: `what (reason)advice`.
 
-    A full disk is not wrong input: it becomes a Stop.
+    A full disk becomes a Stop, because it is not wrong input.
     """
     try:
         yield
@@ -28,7 +28,7 @@ def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, means a full disk. Rust libraries say so only in their messages."""
+    """Whether this error or one of its causes means a full disk. Rust libraries say so only in their messages."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             return True
@@ -37,10 +37,8 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def disk_full_line(error: BaseException, what: str) -> str:
-    place = getattr(error, "filename", None)
-    return (
-        f"{what}{f' ({place})' if place else ''}: no space left on the disk; make room and type the same command again"
-    )
+    place = f" ({error.filename})" if getattr(error, "filename", None) else ""
+    return f"{what}{place}: no space left on the disk; free some space and run the same command again"
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +52,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def printable(text: object) -> str:
-    r"""One line that cannot control a terminal: non-printable characters are escaped as in Python, such as \n and \x1b.
+    r"""Escape non-printable characters as Python does (\n, \x1b): one line that cannot control a terminal.
 
     Use it for everything that comes from data, file names or model names.
     """
@@ -62,10 +60,13 @@ def printable(text: object) -> str:
 
 
 def shown(value: Any) -> str:
+    """A value's type and the beginning of its JSON, for messages about wrong values."""
     text = json.dumps(value, default=str)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 class Stop(Exception):
-    """The run ends here: Stop(readable line, exit code). 0: nothing left to do; 3: a fault that recurs unless something
-    is changed; 128 + n: stopped by signal n."""
+    """End the run: Stop(readable line, exit code).
+
+    Exit codes: 0, nothing left to do; 3, a fault that recurs unless something changes; 128 + n, stopped by signal n.
+    """

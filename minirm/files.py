@@ -1,4 +1,4 @@
-"""Files that are complete or absent: digests, atomic writes, folders that appear only when complete."""
+"""Atomic writes: files and folders are either complete or absent. Also their digests."""
 
 import fcntl
 import hashlib
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minirm.errors import Stop, one_line
+from minirm.errors import Stop, disk_is_full, one_line
 
-PARTIAL = ".partial"  # suffix of incomplete files and folders, which may be removed
+PARTIAL = ".partial"  # suffix of incomplete files and folders, which are safe to remove
 
 
 def put(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a file atomically, even if others write it too or are killed; with `sync` even if the power fails."""
+    """Write a file atomically, even if other processes write it too or are killed; with `sync`, even if power fails."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def put(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Flush a file's content, or a folder's names, to the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -48,28 +48,26 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def writing(path: Path, size: int = 0, earlier: str = "") -> Iterator[None]:
-    """Turn errors of the disk or file system into a Stop that names the path, the bytes needed and the bytes free.
+    """Turn file-system errors into a Stop that names the path, the bytes needed and the bytes free.
 
-    size: bytes, 0 if unknown; earlier: says what is safe nevertheless.
+    size: bytes needed, 0 if unknown; earlier: what is still safe.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-        takes = f"It takes {size:,} bytes; " if size else ""
-        raise Stop(
-            f"{path}: could not be written ({one_line(error)}). {takes}{shutil.disk_usage(place).free:,} are free. "
-            f"{earlier}{'; m' if earlier else 'M'}ake room and type the same command again",
-            3,
-        ) from None
+        needed = f"needs {size:,} bytes, " if size else ""
+        room = f"{needed}{shutil.disk_usage(place).free:,} bytes are free{f'; {earlier}' if earlier else ''}"
+        advice = f"{'free some space' if disk_is_full(error) else 'fix this'} and run the same command again"
+        raise Stop(f"{path}: could not be written ({one_line(error)}): {room}; {advice}", 3) from None
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder and move it to its place at the end: a killed process leaves nothing that looks complete.
+    """Yield a scratch folder and move it into place at the end, so a killed process leaves nothing that looks complete.
 
-    If several processes make the same folder at once, the first one's stays; the others' are equal. Removes what dead
-    processes left behind. Raises Stop if the disk is full.
+    If several processes make the same folder at once, the first to finish wins; all would have written the same files.
+    Removes what dead processes left behind. Raises Stop if the disk is full.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +75,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if (lock := _locked(leftover)) is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
-        while True:  # until no other process has removed it as a leftover before it was locked
+        while True:  # another process may remove the folder as a leftover before it is locked; then try again
             scratch = Path(tempfile.mkdtemp(PARTIAL, f"{folder.name}.", folder.parent))
             if (lock := _locked(scratch)) is not None and scratch.exists():
                 break
@@ -96,7 +94,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock a folder: a descriptor that holds the lock until it is closed or its process ends; None if it is taken."""
+    """Lock a folder. Returns the descriptor that holds the lock until it is closed, or None if another holds it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -110,5 +108,5 @@ def _locked(folder: Path) -> int | None:
 
 
 def as_json(value: dict) -> str:
-    """JSON on one line. nan and inf become null, because they are not valid JSON."""
+    """JSON on one line. nan and inf, which are not valid JSON, become null."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))

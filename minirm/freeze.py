@@ -1,4 +1,4 @@
-"""Freeze the bottom layers of a decoder: they keep what pre-training taught them and need no backward pass."""
+"""Freeze the bottom layers of a decoder: they keep what they learned in pre-training and need no backward pass."""
 
 import re
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from torch import nn
 # Names of the block list in decoders: transformer.h (gpt2, gptj, bloom, falcon), model.layers (llama and most others),
 # gpt_neox.layers, model.decoder.layers (opt), transformer.blocks (mpt, dbrx), backbone.layers (mamba).
 BLOCK_LIST_NAMES = ("h", "layers", "blocks", "layer", "block")
-# What stands between the tokens and the first block: embeddings and their norm (bloom), projections (opt), inputs of
-# every layer (gemma3n, gemma4); gemma3n's altup_unembed_projections stand behind the last block.
+# Modules below the first block: embeddings and their norm (bloom), projections (opt), per-layer inputs (gemma3n,
+# gemma4). The pattern excludes gemma3n's altup_unembed_projections, which follow the last block.
 BELOW = r"(?<!un)emb|^project_in$|^per_layer_|^altup_projections$"
 
 
@@ -22,9 +22,9 @@ class Frozen(NamedTuple):
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the list of transformer blocks of any decoder and its name inside `model` ("transformer.h").
+    """Find any decoder's list of transformer blocks, and its name inside `model` ("transformer.h").
 
-    Raises ValueError, with the names expected and found, if there is no such list, or if an encoder has one too.
+    Raises ValueError, with the names expected and found, if there is no such list or more than one (encoder-decoders).
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = [name for name in lists if name.rpartition(".")[2] in BLOCK_LIST_NAMES and len(lists[name])]
@@ -32,7 +32,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__}: looked for one nn.ModuleList of decoder blocks called "
+            f"{type(model).__name__}: expected one nn.ModuleList of decoder blocks called "
             f"{', '.join(BLOCK_LIST_NAMES[:-1])} or {BLOCK_LIST_NAMES[-1]}; found {' and '.join(found) or 'none'}"
             f" (its module lists: {', '.join(list(lists)[:8]) or 'none'})"
         )
@@ -40,7 +40,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def trained_layer_count(layers: int, ratio: float) -> int:
-    """int((1 - ratio) * layers), but at least one, except for ratio 1, which trains only the head.
+    """int((1 - ratio) * layers), but at least one; 0 for ratio 1, which trains only the head.
 
     The published code uses `layers[:-int(0.3 * n)]`, which freezes nothing if the product is below one.
     Raises ValueError if ratio is outside 0..1.
@@ -58,13 +58,13 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
         ratio: share of the blocks; `trained_layer_count` of them stay trainable. 0 freezes nothing; 1 freezes the
             whole trunk including the final norm, so that only a head outside it is trained.
         embeddings: False leaves them trainable, as in the published code; backward then crosses every frozen block.
-    Raises ValueError if ratio is outside 0..1, if `find_blocks` does, and if frozen and trained blocks share weights.
+    Raises ValueError as `find_blocks` does, if ratio is outside 0..1, and if frozen and trained blocks share weights.
     """
     name, blocks = find_blocks(model)
     decoder = model.get_submodule(name.rpartition(".")[0])
     frozen_layers = len(blocks) - trained_layer_count(len(blocks), ratio)
-    # What feeds the first block: token and position embeddings, and what stands between. A single trainable parameter down
-    # there would bring the whole backward pass back.
+    # Everything that feeds the first block, such as token and position embeddings. A single trainable parameter there
+    # would make the backward pass cross every frozen block.
     below = set()
     for child_name, child in decoder.named_children():
         if isinstance(child, nn.Embedding) or re.search(BELOW, child_name):
@@ -74,8 +74,8 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
         frozen |= below
     if frozen & {*blocks[frozen_layers:].parameters()}:
         raise ValueError(
-            f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above, so they "
-            "cannot be frozen apart; use a ratio of 0 or 1"
+            f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above and "
+            "cannot be frozen without them; use a ratio of 0 or 1"
         )
     for p in frozen:
         p.requires_grad_(False)

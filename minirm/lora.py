@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): frozen linear layers compute W x + (alpha / rank) B A x; A and B train.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): linear layers compute W x + (alpha / rank) B A x; only A and B train.
 
-The adapters are outside the trunk, in `model.lora`, and act on its linear layers through forward hooks. So no name in
-the trunk changes, and FSDP gathers and reduces them all with the head, in fp32, without a collective per matrix.
+The adapters are outside the trunk, in `model.lora`, and act on its linear layers through forward hooks. So names in the
+trunk stay the same, and FSDP gathers and reduces all adapters with the head, in fp32, without a collective per matrix.
 """
 
 import json
@@ -21,7 +21,7 @@ PREFIX = "lora."
 
 
 class Adapter(nn.Module):
-    """A [rank, in] and B [out, rank] of one linear layer, fp32, and the scale of their product."""
+    """A [rank, in] and B [out, rank] of one linear layer, in fp32, and the scale of their product."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, transposed: bool):
         super().__init__()
@@ -37,7 +37,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
     """Freeze the whole trunk of an empty RewardModel and add adapters to the linear layers of the unfrozen blocks.
 
     rank 0 changes nothing.
-    Raises ValueError if there is no linear layer, or if one shares its weight with another.
+    Raises ValueError if there are no linear layers, or if one shares its weight with another layer.
     """
     if not rank:
         return
@@ -51,9 +51,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
             if not isinstance(module, nn.Linear | Conv1D):
                 continue
             if f"{name}.weight" in shared:
-                raise ValueError(
-                    f"{name} shares its weight with another layer, so it cannot have an adapter of its own"
-                )
+                raise ValueError(f"{name} shares its weight with another layer and cannot have its own adapter")
             transposed = isinstance(module, Conv1D)
             outputs, inputs = module.weight.T.shape if transposed else module.weight.shape
             with torch.device(module.weight.device):
@@ -62,11 +60,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
             module.register_forward_hook(adapter.hook)
             block.has_adapters = True
     if not model.lora:
-        raise ValueError("the blocks to train have no linear layers; leave --lora_rank away, or lower --freeze_ratio")
+        raise ValueError("the blocks to train have no linear layers; drop --lora_rank or lower --freeze_ratio")
 
 
 def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:
-    """Matrices of the adapted blocks that have no adapter, by their names in a block: fused experts, routers, convolutions."""
+    """Names (within a block) of matrices in adapted blocks without an adapter: fused experts, routers, convolutions."""
     if not hasattr(model, "lora"):
         return []
     path, blocks = find_blocks(model)
@@ -82,14 +80,14 @@ def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:
 
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
-    """Set B to zero and A uniform as in `nn.Linear`. The numbers do not depend on the number of processes."""
+    """Set B to zero and A as `nn.Linear` does. The values do not depend on the number of processes."""
     generator = torch.Generator().manual_seed(seed)
     for adapter in getattr(model, "lora", {}).values():
         bound = 1 / math.sqrt(adapter.A.shape[1])
         whole = torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator)
         for target, value in ((adapter.A, whole), (adapter.B, torch.zeros(adapter.B.shape))):
             mine = target
-            if isinstance(target, DTensor):  # FSDP cuts the rows as torch.chunk does
+            if isinstance(target, DTensor):  # FSDP splits rows as torch.chunk does
                 mine, mesh = target.to_local(), target.device_mesh
                 start = -(-len(value) // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1)
                 value = value[start : start + len(mine)]
@@ -97,7 +95,7 @@ def init_lora(model: nn.Module, seed: int) -> None:
 
 
 def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the adapters into full tensors {name: tensor}: the products are added in fp32, then rounded."""
+    """Merge the adapters into full tensors {name: tensor}. Products are added in fp32 and then rounded."""
     merged = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
     for key, adapter in getattr(model, "lora", {}).items() if state else ():  # only rank 0 has it
         name = key.replace("/", ".") + ".weight"
@@ -108,22 +106,19 @@ def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, state: dict[str, Tensor], base: str, folder: Path) -> None:
-    """Write adapters and head as `peft` does, for `PeftModel.from_pretrained(base model with one label, folder)`.
+    """Write adapters and head in peft's format, for `PeftModel.from_pretrained(base model with one label, folder)`.
 
     state: full tensors by their names in RewardModel, including adapters; base: name or folder of the base model.
     """
     prefix = f"{model.trunk.base_model_prefix}."
     names = {key: key.replace("/", ".").replace("trunk.", prefix, 1) for key in model.lora}
     tensors = {
-        f"base_model.model.{names[key]}.lora_{side}.weight": state[f"{PREFIX}{key}.{side}"]
-        for key in names
-        for side in "AB"
+        f"{name}.lora_{side}.weight": state[f"{PREFIX}{key}.{side}"] for key, name in names.items() for side in "AB"
     }
-    tensors["base_model.model.score.weight"] = state["score.weight"]
+    tensors["score.weight"] = state["score.weight"]
+    tensors = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
     folder.mkdir()
-    save_file(
-        {name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
-    )
+    save_file(tensors, folder / "adapter_model.safetensors")
     adapter = next(iter(model.lora.values()))
     about = {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",

@@ -1,10 +1,10 @@
 """Pairwise losses and accuracy: stateless functions of tensors that need only torch.
 
-Everything is computed in at least fp32. In fp16 `log(sigmoid(x))` is -inf below about -17, and two different scores
-can tie by rounding. B = pairs, T = tokens, counted from any origin that the two texts of a pair share.
+Everything is computed in at least fp32. In fp16, `log(sigmoid(x))` is -inf below about -17, and different rewards can
+tie by rounding. B = pairs, T = tokens, counted from any origin that the two texts of a pair share.
 
 `margin` [B], in units of reward, is the lead that the chosen answer must have (Llama 2, arXiv 2307.09288, eq. 2).
-`weight` [B] turns the mean over pairs into a weighted mean: with 1 / (comparisons of the pair's prompt), every prompt
+`weight` [B] turns the mean over pairs into a weighted mean. With 1 / (comparisons of the pair's prompt), every prompt
 counts once (InstructGPT, arXiv 2203.02155, section 3.5). reduction="none" returns each pair's loss [B], times its
 weight, instead of the mean.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
-    """First position at which the two token sequences of each pair differ.
+    """The first position at which the two token sequences of each pair differ.
 
     Args: chosen_ids, rejected_ids: [B, T] integers, padded the same way. Returns: [B] int64.
     Raises ValueError for other shapes, and for a pair whose two sides are equal.
@@ -25,7 +25,7 @@ def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor) -> Tensor:
     same = ~differs.any(dim=1)
     if same.any():
         rows = same.nonzero().flatten().tolist()
-        raise ValueError(f"chosen_ids and rejected_ids are equal in rows {rows}: leave identical pairs out")
+        raise ValueError(f"chosen_ids and rejected_ids are equal in rows {rows}; remove identical pairs")
     return differs.int().argmax(dim=1)  # argmax returns the first of equal maxima
 
 
@@ -41,8 +41,8 @@ def divergence_loss(
 ) -> Tensor:
     """Mean over pairs of the mean over start <= t < end of -logsigmoid(c_t - r_t - margin).
 
-    The loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over pairs.
-    Rewards outside [start, end) have no influence, even if they are infinite or nan.
+    This is the loss of CarperAI/trlx, examples/summarize_rlhf/reward_model/reward_model.py, without its loop over
+    pairs. Rewards outside [start, end) have no influence, even if they are infinite or nan.
 
     Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T; margin,
         weight, reduction: see above.
@@ -61,7 +61,7 @@ def divergence_loss(
         )
     t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
-    # Mask before the logsigmoid, not after: 0 * nan is nan, in the gradient too.
+    # Mask before the logsigmoid, because 0 * nan is nan, in the gradient too.
     difference = (_at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)).where(inside, 0.0)
     if margin is not None:
         _check_shapes(end=end, margin=margin, dims=1)
@@ -95,17 +95,17 @@ def pairwise_loss(
 def centering_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Mean over pairs of (chosen + rejected)^2. It centers rewards at zero; pairwise losses leave their offset free.
+    """Mean over pairs of (chosen + rejected)^2. It centers rewards at zero; pairwise losses do not fix their offset.
 
-    Eisenstein et al., arXiv 2312.09244, who add it to the loss with a small coefficient, 0.01. Args, returns,
-    raises: as in `pairwise_loss`.
+    Eisenstein et al., arXiv 2312.09244, add it to the loss with a small coefficient, 0.01. Args, returns, raises: as in
+    `pairwise_loss`.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     return _reduced((_at_least_fp32(chosen_rewards) + _at_least_fp32(rejected_rewards)) ** 2, weight, reduction)
 
 
 def pairwise_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Share of pairs whose chosen reward is greater. A tie is not correct, so a constant scorer has accuracy 0.
+    """Share of pairs whose chosen reward is greater. A tie counts as wrong, so a constant scorer has accuracy 0.
 
     Args: chosen_rewards, rejected_rewards: [B] floats. Returns: scalar in 0..1, fp32. Raises ValueError for other shapes.
     """
@@ -134,4 +134,4 @@ def _check_shapes(*, dims: int, **tensors: Tensor) -> None:
         wanted = "[B, T]" if dims == 2 else "[B]"
         raise ValueError(f"{name_a} and {name_b} must both be {wanted}, got {list(a.shape)} and {list(b.shape)}")
     if a.numel() == 0:
-        raise ValueError(f"{name_a} and {name_b} are empty, {list(a.shape)}: at least one pair is needed")
+        raise ValueError(f"{name_a} and {name_b} are empty, {list(a.shape)}; expected at least one pair")

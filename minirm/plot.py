@@ -1,6 +1,6 @@
 """Plot runs from their metrics.jsonl alone: `python -m minirm.plot RUN [RUN ...] [--output FILE.png]`.
 
-One run gives RUN/curves.png, which train.py also writes at its end if matplotlib can be imported. Several runs are
+One run gives RUN/curves.png, which train.py also writes at the end if matplotlib is installed. Several runs are
 overlaid in curves.png. Metrics that were not recorded (by an older minirm or a killed run) are left out. To watch a run
 remotely, use TensorBoard or Weights & Biases.
 """
@@ -24,23 +24,23 @@ STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.color": 
          "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.8}  # fmt: skip
 
 
-POINTS = 100  # maximum points of a training curve; more rows are averaged in equal runs
+POINTS = 100  # maximum points of a training curve; if there are more rows, a point averages several
 
 
 def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Invalid lines are skipped; a killed run may leave one at the end.
+    """The rows of a run's metrics.jsonl. Invalid lines are skipped, because a killed run may leave one at the end.
 
     Raises InputError if `run` is not the folder of a run.
     """
     rows = []
-    with refusing(f"{run}: not a run, its metrics.jsonl cannot be read", OSError):
+    with refusing(f"{run}: not the --output_dir of a run: its metrics.jsonl cannot be read", OSError):
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
     for line in lines:
         with suppress(ValueError):
             row = json.loads(line)
             rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     if not rows:
-        raise InputError(f"{run}: its metrics.jsonl has no row yet; wait until the run has evaluated once")
+        raise InputError(f"{run}: its metrics.jsonl has no rows yet; wait for the first evaluation")
     return rows
 
 
@@ -52,7 +52,7 @@ def best_evaluation(rows: list[dict]) -> dict:
 
 
 def training_curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values, at most POINTS. A point averages consecutive rows, weighted by their pairs."""
+    """Steps and values, at most POINTS of them. A point averages consecutive rows, weighted by their pairs."""
     rows = [row for row in rows if row.get(key) is not None and row.get("pairs")]
     size = math.ceil(len(rows) / POINTS) or 1
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -61,7 +61,7 @@ def training_curve(rows: list[dict], key: str) -> tuple[list[float], list[float]
 
 
 def column(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have `key`."""
+    """Steps and values of all rows that have `key`."""
     rows = [row for row in rows if row.get(key) is not None]
     return [row["step"] for row in rows], [row[key] for row in rows]
 
@@ -74,19 +74,18 @@ def save_curves(folders: list[Path], picture: Path) -> None:
     try:
         figure = draw(runs)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{error.name} is not installed; pip install matplotlib, then python -m minirm.plot {' '.join(map(str, folders))}"
-        ) from None
-    with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: no such format
-        os.stat(picture.parent)  # do not create folders
+        command = f"python -m minirm.plot {' '.join(map(str, folders))}"
+        raise InputError(f"{error.name} is not installed; run: pip install matplotlib && {command}") from None
+    with refusing(f"{picture}: cannot be written", (OSError, ValueError)):  # ValueError: unknown image format
+        os.stat(picture.parent)  # fails if the folder is missing, because put() would create it
         content = io.BytesIO()
         figure.savefig(content, format=picture.suffix[1:] or "png", dpi=144, metadata={"Software": None})
         put(picture, content.getvalue())
-    print(f"the curves are in {printable(picture)}")
+    print(f"the plots are in {printable(picture)}")
 
 
 def draw(runs: dict[str, list[dict]]):
-    """{name: rows of metrics.jsonl} -> a matplotlib Figure, made without pyplot to leave the global backend alone."""
+    """{name: rows of metrics.jsonl} -> a matplotlib Figure. It is made without pyplot, which sets a global backend."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -96,11 +95,11 @@ def draw(runs: dict[str, list[dict]]):
         figure = Figure(figsize=(9, 9.5), layout="constrained")
         loss, accuracy, rewards, calibration, position, scale = panels = list(figure.subplots(3, 2).flat)
         for panel, title, x, y in [
-            (loss, "Loss", "optimizer step", "mean loss of a pair"),
-            (accuracy, "Accuracy", "optimizer step", "share of pairs right"),
-            (rewards, f"Rewards ({when})", "reward of an answer", "share of answers per unit of reward"),
-            (calibration, f"Calibration ({when})", "sigmoid of the difference in reward", "share of pairs right"),
-            (position, f"Along the answer ({when})", "tenth of the answer from the first difference", "share right"),
+            (loss, "Loss", "optimizer step", "mean loss per pair"),
+            (accuracy, "Accuracy", "optimizer step", "share of correct pairs"),
+            (rewards, f"Rewards ({when})", "reward of an answer", "density (share of answers per unit)"),
+            (calibration, f"Calibration ({when})", "sigmoid of the reward difference", "share of correct pairs"),
+            (position, f"Along the answer ({when})", "tenth of the answer from the first difference", "accuracy"),
             (scale, "Loss scaling (fp16)", "optimizer step", "loss scale"),
         ]:
             panel.set(title=title, xlabel=x, ylabel=y)
@@ -128,10 +127,10 @@ def draw(runs: dict[str, list[dict]]):
                 calibration.plot(*points, **dots, label=f"measured{error}")
                 calibration.axline((0.5, 0.5), slope=1, color=GREY, linestyle=":", linewidth=1, label="perfect")
             if shares := best.get("eval_accuracy_by_position"):
-                position.plot(tenths := range(1, len(shares) + 1), shares, **dots, label="by the rewards there")
+                position.plot(tenths := range(1, len(shares) + 1), shares, **dots, label="model")
                 position.set_xticks(tenths)
                 longer = best["eval_length_accuracy"]
-                position.axhline(longer, color=other, linestyle=":", label="the longer answer is the chosen one")
+                position.axhline(longer, color=other, linestyle=":", label="always the longer answer")
             (steps, scales), (_, skipped) = column(rows, "loss_scale"), column(rows, "skipped_steps")
             if any(skipped) or set(scales) - {1.0}:
                 scale.plot(steps, scales, drawstyle="steps-post", color=color, label="loss scale")
@@ -141,14 +140,14 @@ def draw(runs: dict[str, list[dict]]):
                 scale.set_yscale("log", base=2)
         for panel in panels:
             handles, labels = panel.get_legend_handles_labels()
-            if handles:  # every label once; grey if colours distinguish runs
+            if handles:  # show every label once, in grey if colours distinguish runs
                 kept = dict(zip(labels[::-1], handles[::-1]))
                 legend = panel.legend([*kept.values()][::-1], [*kept][::-1])
                 for handle in [] if one else legend.legend_handles:
                     handle.set_color(GREY)
             else:
                 panel.set_axis_off()
-                text = "off: nothing is scaled in fp32 and bf16" if panel is scale else "not in metrics.jsonl"
+                text = "not used with fp32 and bf16" if panel is scale else "not in metrics.jsonl"
                 panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=GREY)
         if not one:
             figure.legend(list(lines.values()), list(runs), loc="outside upper center", ncols=min(4, len(runs)))
@@ -158,7 +157,7 @@ def draw(runs: dict[str, list[dict]]):
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m minirm.plot", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of a train.py run")
-    parser.add_argument("--output", type=Path, help="image to write; default: curves.png, for one run in its folder")
+    parser.add_argument("--output", type=Path, help="image file (default: curves.png, for one run in its folder)")
     try:
         args = parser.parse_args(argv)
         save_curves(args.runs, args.output or (args.runs[0] if len(args.runs) == 1 else Path()) / "curves.png")

@@ -1,8 +1,8 @@
 """Score data with a reward model: `python -m minirm.score --model DIR --data FILE [FILE ...] [--output scores.jsonl]`.
 
 Comparisons give accuracy and calibration, by file and subset. Rows {"prompt", "completions"} are scored and ranked.
-Prints one JSON object to stdout and a table to stderr. Takes any transformers sequence-classification model with one
-label. A decoder with a linear head computes each prompt once for all its completions.
+Prints one JSON object on stdout and a table on stderr. Works with any transformers sequence-classification model that
+has one label. A decoder with a linear head computes each prompt only once for all its completions.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from minirm.rows import collate
 from minirm.shard import DTYPES
 from minirm.weights import loading
 
-WORTH_SHARING = 0.9  # share of the tokens above which a shared row's mask costs as much as sharing saves
+WORTH_SHARING = 0.9  # if a shared row has more than this share of the tokens, its mask costs as much as sharing saves
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,27 +51,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--model", required=True, help="name or folder of a reward model")
-    add("--data", required=True, nargs="+", help="files or datasets as for --train_data, or with completions to rank")
-    add("--output", type=Path, help="file for the scores, one JSON object per data row, in the same order")
-    add("--columns", nargs="+", default=[], type=column, metavar="NAME=COLUMN", help="as for train.py")
+    add("--data", required=True, nargs="+",
+        help="files or datasets, as for train.py's --train_data; also rows with completions to rank")
+    add("--output", type=Path, help="file for the scores: one JSON object per data row, in the same order")
+    add("--columns", nargs="+", default=[], type=column, metavar="NAME=COLUMN",
+        help="map nonstandard column names, as for train.py")
     add("--separator", type=unescaped,
-        help="text between prompt and answer; default: as in training, else a line break")
-    add("--chat_template", help="Jinja file for chat data; default: the model's own")
-    add("--max_length", type=int, help="maximum tokens per text; default: as in training, else the model's positions")
-    add("--batch_size", type=int, default=8192, help="tokens per forward pass with padding, or one row; default: 8192")
-    add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: as stored on CUDA, fp32 on CPU")
+        help="text between prompt and answer (default: as in training, else a line break)")
+    add("--chat_template", help="Jinja file for chat data (default: the tokenizer's own)")
+    add("--max_length", type=int, help="maximum tokens per text (default: as in training, else the model's positions)")
+    add("--batch_size", type=int, default=8192,
+        help="maximum tokens per forward pass, padding included; a longer row is computed alone (default: 8192)")
+    add("--precision", default="auto", choices=["auto", *DTYPES],
+        help="auto: on CUDA as the weights are stored, on CPU fp32 (default: auto)")
     # fmt: on
     return parser.parse_args(argv)
 
 
 def load_config(name: str) -> tuple:
     """(config, tokenizer). Raises InputError unless `name` is a reward model with one label."""
-    with refusing(f"--model {name}: no model folder or name that can be loaded"):
+    with refusing(f"--model {name}: not a model folder or name that transformers can load"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = (config.architectures or ["a model without a head"])[0]
     if not kind.endswith("ForSequenceClassification") or config.num_labels != 1:
         kind += f" with {config.num_labels} labels"
-        raise InputError(f"--model {name}: {kind}; give a reward model, that is one for sequences with one label")
+        raise InputError(f"--model {name}: {kind}; expected a reward model: sequence classification with one label")
     with refusing(f"--model {name}: its tokenizer cannot be loaded"):
         return config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -81,12 +85,13 @@ def load_model(name: str, config, dtype):
     with loading(name):
         model, info = classifier(config).from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"--model {name}: weights missing: {', '.join(missing[:5])} ({len(missing)})")
+        more = f"{', '.join(missing[:5])} ({len(missing)})"
+        raise InputError(f"--model {name}: weights missing from the checkpoint: {more}")
     return model.eval()
 
 
 # Rows of a forward pass are groups without comparisons (see prepare.py). "places" holds each completion's indices in
-# the data: several if examples of a prompt have an answer in common.
+# the data; there are several if examples of a prompt have an answer in common.
 
 
 def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Iterator[dict]:
@@ -99,7 +104,7 @@ def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Ite
             for k, i in index.items():
                 places[i].append(example["first"] + k)
         size, separate = 1, len(prefix) * len(tails) + sum(map(len, tails))
-        if share and group["shared_tokens"] < WORTH_SHARING * separate:  # as many as fit into two texts' length
+        if share and group["shared_tokens"] < WORTH_SHARING * separate:  # as many as fit into two full texts
             size = (2 * args.max_length - len(prefix)) // max(map(len, tails))
         for i in range(0, len(tails), size):
             yield {"prefix": prefix, "completions": tails[i : i + size], "places": places[i : i + size]}
@@ -134,10 +139,11 @@ def other_rewards(rows: list[dict], model, tokenizer) -> Tensor:
 def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) -> Tensor:
     """Rewards [count] of all completions in fp64; those of example i begin at texts.rows[i]["first"]."""
     heads = [name for name in model.state_dict() if not name.startswith(model.base_model_prefix + ".")]
-    if heads == ["score.weight"]:  # a linear layer on the last token; no transformers encoder has only that
+    if heads == ["score.weight"]:  # a decoder with a linear head; no encoder in transformers has only this
         layout, reason = choose_layout(model.config, args.model, "shared", args.max_length)
         if reason:
-            print(f"a row for each completion, since shared rows would not be exact: {reason}", file=sys.stderr)
+            line = f"each completion gets its own row, because shared rows would not be exact: {reason}"
+            print(line, file=sys.stderr)
         use_sdpa(model.base_model)
         to_rows, compute = partial(decoder_rows, share=layout == "shared"), decoder_rewards
     else:
@@ -148,7 +154,8 @@ def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) 
     rewards = torch.full((count,), math.nan, dtype=torch.float64)
     with tqdm(total=count, desc="scoring", unit=" completions", file=sys.stderr) as bar:
         for prompts in by_prompt(texts, torch.ones(len(texts.rows), dtype=torch.bool)):
-            rows = sorted(to_rows(prompts, tokenizer, args), key=length, reverse=True)  # shows at once whether all fit
+            # Longest first, so that a lack of memory shows at once.
+            rows = sorted(to_rows(prompts, tokenizer, args), key=length, reverse=True)
             while rows:
                 size = max(1, args.batch_size // length(rows[0]))
                 some, rows = rows[:size], rows[size:]
@@ -180,7 +187,7 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
 
 
 def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str], by_subset: dict) -> dict:
-    """The data's benchmark score, and the share of rows with three or more answers in which a right one ranks first."""
+    """Scores of the benchmarks in the data, and in how many rows with three or more answers a right one ranks first."""
     found: dict[str, list[dict]] = {"reward_bench_2": [], "rm_bench": []}
     wins = []
     columns = texts.rows.select_columns(["id", "subset", "source", "chosen", "rejected"])
@@ -211,8 +218,8 @@ def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str],
 
 def table(result: dict) -> str:
     """Format the result for people."""
-    done = "{completions:,} completions of {prompts:,} prompts in {seconds:.1f} s"
-    lines = [(done + "; rewards {reward_mean:.4f} +- {reward_std:.4f}").format_map(result)]
+    done = "scored {completions:,} completions of {prompts:,} prompts in {seconds:.1f} s"
+    lines = [(done + "; rewards have mean {reward_mean:.4f}, standard deviation {reward_std:.4f}").format_map(result)]
     if "accuracy" in result:
         names = {"all": result, **{printable(name): row for name, row in result["by_name"].items()}}
         wide = max(map(len, names))
@@ -222,25 +229,24 @@ def table(result: dict) -> str:
         lines.append(f"calibration error {result['calibration_error']:.4f}\n  predicted  observed   pairs")
         lines += ["  {predicted:>9.3f}  {observed:>8.3f}  {pairs:>6,}".format_map(row) for row in result["calibration"]]
     if "best_of_n" in result:
-        best = "best of n: {reward_mean:.4f} on average, of {prompts:,} rows with {completions:,}"
-        lines.append(best.format_map(result["best_of_n"]))
+        line = "best of n: mean highest reward {reward_mean:.4f} in {prompts:,} rows with {completions:,} completions"
+        lines.append(line.format_map(result["best_of_n"]))
     if "best_of_n_accuracy" in result:
-        line = "best of n: the answer with the highest reward is a best one in {accuracy:.4f} of {prompts:,} rows"
+        line = "best of n: a best answer has the highest reward in {accuracy:.1%} of {prompts:,} rows"
         lines.append(line.format_map(result["best_of_n_accuracy"]))
     for name, title in (("reward_bench", "RewardBench"), ("reward_bench_2", "RewardBench 2"), ("rm_bench", "RM-Bench")):
         if name in result:
-            lines.append(
-                f"{title}: " + ", ".join(f"{printable(part)} {score:.4f}" for part, score in result[name].items())
-            )
+            parts = (f"{printable(part)} {score:.4f}" for part, score in result[name].items())
+            lines.append(f"{title}: {', '.join(parts)}")
     return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Score the data and return what goes to stdout."""
+    """Score the data and return the object for stdout."""
     for source in args.data:
-        fingerprint(source)  # rejects missing data before the model is loaded
+        fingerprint(source)  # refuse missing data before the model is loaded
     if args.output and (args.output.is_dir() or not ((p := args.output.parent).is_dir() and os.access(p, os.W_OK))):
-        raise InputError(f"--output {args.output}: not a file that can be written; name one in a folder that is there")
+        raise InputError(f"--output {args.output}: cannot be written; choose a file in an existing, writable folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = "auto" if device.type == "cuda" else torch.float32
     config, tokenizer = load_config(args.model)
@@ -249,14 +255,14 @@ def run(args: argparse.Namespace) -> dict:
     separator = trained["separator"] if args.separator is None else args.separator
     args.max_length = trained["max_length"] if args.max_length is None else args.max_length
     if not 0 < args.max_length <= positions:
-        raise InputError(f"--max_length must lie in 1..{positions}, {args.model}'s positions; got {args.max_length}")
+        raise InputError(f"--max_length must lie in 1..{positions} (positions of {args.model}), got {args.max_length}")
     if args.chat_template:
         set_chat_template(tokenizer, args.chat_template)
 
     with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
         texts = store(Path(folder) / "texts", args.data, tokenizer, separator, "all", renames(args.columns))
         if not len(texts.rows):
-            raise InputError(f"{', '.join(args.data)}: no rows")
+            raise InputError(f"{', '.join(args.data)}: found no rows")
         sizes = torch.tensor(pc.list_value_length(texts.rows.data.column("texts")).to_numpy()).long()  # [N] completions
         first = sizes.cumsum(0) - sizes
         texts = texts._replace(rows=texts.rows.add_column("first", first.numpy()))

@@ -26,17 +26,18 @@ from minirm.model import saved_tensors
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEP_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another within a step
-START_TIMEOUT = timedelta(hours=24)  # how long while one process prepares data, reads weights or writes files
+START_TIMEOUT = timedelta(hours=24)  # how long it waits while one process prepares data, reads weights or writes files
 
 # Frozen parameters need no gradients and no optimizer state. If they take less than this share of the device memory,
 # every rank keeps them unsharded and they are never communicated again.
 FROZEN_SHARE = 0.4
-# Trained parameters below this share, in the compute precision, are gathered once per step, not twice per micro-step.
+# Trained parameters that take less than this share, in the compute precision, are gathered once per step instead of
+# twice per micro-step.
 TRAINED_SHARE = 0.1
 
 
 class Processes(NamedTuple):
-    """This process and its place among all processes."""
+    """This process, and its place among all processes."""
 
     device: torch.device
     mesh: DeviceMesh  # [shard] or [replicate, shard]
@@ -48,8 +49,8 @@ class Processes(NamedTuple):
 def start_processes(shard_size: int = 0) -> Processes:
     """Join the processes that torchrun started, or make a group of one.
 
-    The mesh is [shard], or [replicate, shard] if `shard_size` consecutive processes (0: those of a machine), fewer than
-    all, share one copy of the model. Raises InputError if shard_size does not divide the number of processes.
+    `shard_size` consecutive processes (0: those of a machine) share one copy of the model. The mesh is [shard] if they
+    are all processes, else [replicate, shard]. Raises InputError if shard_size does not divide the number of processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -61,14 +62,14 @@ def start_processes(shard_size: int = 0) -> Processes:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        # Gloo uses the address of this machine's hostname, often 127.0.1.1, which other machines cannot reach.
+        # By default gloo uses the address of the hostname, often 127.0.1.1, which other machines cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(os.environ["MASTER_ADDR"]))
     store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-        # Under --max_restarts torchrun keeps its store, which still holds the addresses of the dead processes
-        # (pytorch/pytorch#135712). Only on a single machine do all processes see the same count; on several, use
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        # Under --max_restarts torchrun keeps its store, which still holds the addresses of dead processes
+        # (pytorch/pytorch#135712). All processes see the same restart count only on a single machine; on several
+        # machines, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         store.set_timeout(STEP_TIMEOUT)
@@ -80,11 +81,11 @@ def start_processes(shard_size: int = 0) -> Processes:
 
 
 def interface_towards(host: str) -> str:
-    """The name of the network interface through which this machine reaches `host`, or "" (Linux, IPv4)."""
+    """The network interface through which this machine reaches `host`, or "" if unknown (Linux, IPv4)."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an address; 0x8915 is SIOCGIFADDR, see netdevice(7)
+            with suppress(OSError):  # an interface may have no address; 0x8915 is SIOCGIFADDR, see netdevice(7)
                 own = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))[20:24]
                 if socket.inet_ntoa(own) == probe.getsockname()[0]:
                     return name
@@ -97,7 +98,7 @@ def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any
     if dist.get_rank() == 0:
         try:
             box[0] = function(*args)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not hang
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
             box[1] = error
     dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
@@ -107,9 +108,9 @@ def on_first_process(group: dist.ProcessGroup, function: Callable, *args) -> Any
 
 @contextmanager
 def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
-    """Run the block on the first process of each machine, then on the others, which find its files there.
+    """Run the block on the first process of each machine, then on the others, which find the files it wrote.
 
-    If the block raises InputError or Stop on a first process, all processes end with its line and exit code.
+    If the block raises InputError or Stop on a first process, all processes end with that line and exit code.
     """
     first, ending = dist.get_node_local_rank(0) == 0, None
 
@@ -135,7 +136,7 @@ def first_process_first(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def checkpoint_trained_blocks(model: nn.Module) -> None:
-    """Make trained blocks keep only their input and recompute the rest in backward: less memory, more time."""
+    """Make trained blocks keep only their input and recompute the rest in backward, which trades time for memory."""
     for block in find_blocks(model)[1]:
         if hasattr(block, "has_adapters") or any(p.requires_grad for p in block.parameters()):
             # Wrap forward, not __call__, so that FSDP's hooks stay outside and run once.
@@ -150,18 +151,23 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False, frozen_share=FROZEN_SHARE) -> bool:
-    """Apply FSDP to a RewardModel's blocks, head and the rest. Returns whether frozen parameters stay on the device.
+    """Apply FSDP to all parts of a RewardModel. Returns whether frozen parameters stay on the device.
 
     Trained parameters are gathered in `dtype`, the compute precision; gradients are reduced in fp32. No FSDP unit mixes
-    frozen and trained parameters, which differ in precision. offload: shards, gradients and optimizer in host memory.
+    frozen and trained parameters, because they differ in precision. offload: keep shards, gradients and optimizer state
+    in host memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # other units keep their dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32
+    )  # only for units with trained parameters
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
-    else:  # the processes of this machine divide its memory
+    else:  # the processes of a machine divide its memory
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    least = torch.tensor(memory, dtype=torch.float64)  # agree: if one kept what another gathers, both would hang
+    least = torch.tensor(
+        memory, dtype=torch.float64
+    )  # ranks must agree: if one kept what another gathers, both would hang
     dist.all_reduce(least, dist.ReduceOp.MIN)
     # A process with its own full copy gathers nothing, so it need not free gathered parameters either.
     alone = mesh.shape[-1] == 1
@@ -180,7 +186,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     for unit in blocks + others:
         if not frozen.issuperset(unit.parameters()):
             fully_shard(unit, mp_policy=policy, **options)
-        else:  # never change, so gather them once and keep them if there is room
+        else:  # frozen parameters never change, so gather them once and keep them if there is room
             fully_shard(unit, **options | {"reshard_after_forward": not stay})
             unit.set_reshard_after_backward(not stay)
     for block, following in pairwise(blocks):
@@ -195,19 +201,19 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
 
 
 class HostReduceScatter:
-    """Reduce-scatter that averages gradients on CPUs. Gloo's own averages all of them everywhere and keeps a share."""
+    """Reduce-scatter that averages gradients on CPUs. Gloo's own averages all of them on every rank, then keeps a share."""
 
     allocate = staticmethod(torch.empty)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op: bool = False) -> None:
-        assert op == dist.ReduceOp.AVG, f"FSDP wants {op} of gradients, not their mean"
+        assert op == dist.ReduceOp.AVG, f"expected FSDP to ask for the mean of gradients, got {op}"
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)
         torch.mean(parts.view(group.size(), -1), dim=0, out=output_tensor)
 
 
 def what_stays(frozen: int, trained: int, memory: float, alone: bool, offload: bool, share=FROZEN_SHARE) -> tuple:
-    """Whether frozen parameters stay gathered permanently, and trained ones for a whole step: bools.
+    """(whether frozen parameters stay gathered for good, whether trained ones stay gathered for a whole step).
 
     frozen, trained: total bytes in the compute precision; memory: bytes of a device; alone: nothing is sharded.
     """
@@ -216,7 +222,7 @@ def what_stays(frozen: int, trained: int, memory: float, alone: bool, offload: b
 
 
 def begin_micro_step(model: nn.Module, last: bool) -> None:
-    """Reduce gradients, and free the trained parameters gathered once per step, only after the last micro-step."""
+    """Reduce gradients, and free trained parameters that are gathered once per step, only after the last micro-step."""
     model.set_requires_gradient_sync(last)
     for unit in model.gathered_once:
         unit.set_reshard_after_backward(last, recurse=False)
@@ -228,7 +234,7 @@ def fill(
 ) -> Callable[..., Tensor]:
     """Load weights into an empty, sharded model. No process except perhaps rank 0 ever holds more than its share.
 
-    read(name, start, stop): rows of a tensor, or None if this process cannot read that way. If any process cannot,
+    read: read(name, start, stop) -> rows of a tensor; None if this process cannot read rows. If any process cannot,
     rank 0 calls load() -> {name: tensor} in host memory and broadcasts each tensor. Returns a `read` for rank 0.
     """
     able = torch.tensor(read is not None, dtype=torch.int32)
@@ -244,7 +250,7 @@ def fill(
     model._apply(place)
     for name, target in saved_tensors(model):
         mine, start, whole = target, 0, None
-        if isinstance(target, DTensor):  # FSDP cuts the rows as torch.chunk does
+        if isinstance(target, DTensor):  # FSDP splits rows as torch.chunk does
             mine, mesh, rows = target.to_local(), target.device_mesh, len(target)
             start = min(-(-rows // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1), rows)
         if not able:
@@ -254,7 +260,7 @@ def fill(
             dist.broadcast(whole, src=0)
         stop = start + len(mine) if mine.dim() else None
         mine.copy_(read(name, start, stop) if able else whole[start:stop] if mine.dim() else whole)
-    dist.barrier(group)  # on the group with the long timeout
+    dist.barrier(group)  # this group has the long timeout
     return read if able else lambda name: source[name]
 
 

@@ -1,4 +1,4 @@
-"""Stop a run from outside: on signals, and on the death of the torchrun that started this process."""
+"""Stop a run from outside: on signals, and when the torchrun that started this process dies."""
 
 import os
 import select
@@ -8,18 +8,18 @@ import threading
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-GRACE = 5.0  # seconds that the main thread has to exit after a signal outside the training loop
+GRACE = 5.0  # seconds for the main thread to exit after a signal outside the training loop
 
 
 class Watch:
     """Wrap a run in `with Watch() as watch:`. watch.saving says whether the run is in its training loop.
 
-    There, signals are only recorded in watch.caught, and the loop finishes its step, saves and stops. Elsewhere (data
-    preparation, loading, export) the main thread gets a KeyboardInterrupt with the signal's number. If it is stuck in a
-    library, say waiting for another process, a second thread ends the process after GRACE seconds.
+    In the loop, signals are only recorded in watch.caught; the loop finishes its step, saves and stops. Elsewhere (data
+    preparation, loading, export), the main thread gets a KeyboardInterrupt with the signal's number. If it is stuck in
+    a library, perhaps waiting for another process, a second thread ends the process after GRACE seconds.
 
     torchrun's workers have their own sessions and outlive a killed torchrun (SIGKILL, out-of-memory killer, scancel).
-    The second thread checks every second that the parent is alive; its death counts as SIGTERM.
+    The second thread checks every second that the parent is alive, and treats its death as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,8 @@ class Watch:
             signal.signal(number, self._handle)
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
-        self.wakeup = signal.set_wakeup_fd(
-            self.write, warn_on_full_buffer=False
-        )  # written to even if the main thread is stuck
+        # Python writes a signal's number to this pipe even if the main thread is stuck.
+        self.wakeup = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._look, name="minirm signals", daemon=True)
         self.thread.start()
         return self
@@ -46,7 +45,7 @@ class Watch:
         signal.set_wakeup_fd(self.wakeup)
         for number, handler in self.usual.items():
             signal.signal(number, handler)
-        os.close(self.write)  # the thread reads the pipe's end and exits
+        os.close(self.write)  # then the thread reads end-of-file and exits
         self.thread.join()
         os.close(self.read)
 
@@ -72,7 +71,7 @@ class Watch:
                 os._exit(128 + noticed[0])
 
     def _read(self, seconds: float) -> bytes | None:
-        """The signals that arrived within this many seconds; None if the run is over."""
+        """Signals that arrive within this many seconds; None if the run is over."""
         if not select.select([self.read], [], [], seconds)[0]:
             return b""
         return os.read(self.read, 64) or None
@@ -80,7 +79,7 @@ class Watch:
 
 def interrupted(number: int) -> str:
     """The message when a signal ends a run outside its training loop."""
-    return f"{signal.Signals(number).name}: stopped; no finished step is lost, and the same command goes on"
+    return f"{signal.Signals(number).name}: stopped; no finished step is lost; run the same command again to resume"
 
 
 def leave_closed_terminal() -> None:

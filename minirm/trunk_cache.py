@@ -3,17 +3,17 @@
     FOLDER/<key>/about.json                 what the key is a hash of: everything else that changes the states
     FOLDER/<key>/<ab>/<name>.safetensors    a prompt with its completions: states [tokens, H] in the compute precision
 
-Only hidden states are cached. The trunk's own forward pass still makes masks, positions and rotary embeddings; in it,
-frozen blocks pass their input on and the last one returns the cached states. So the cache need not know a block's
+Only hidden states are cached. The trunk's own forward pass still makes masks, positions and rotary embeddings. In it,
+frozen blocks return their input, and the last one returns the cached states. So the cache need not know a block's
 arguments, and FSDP still gathers a sharded frozen block: all ranks stay in step even if one has a cache hit and
 another a miss.
 
 A file is named after what its content depends on, appears only when complete, and never changes. So any number of
-processes and runs may share a folder and be killed at any time. A checksum detects damage by a power failure.
+processes and runs may share a folder and be killed at any time. A checksum detects damage from a power failure.
 
-Cached states are bitwise equal to those computed in rows of the same shape. With one prompt per micro-step the shape
-is always the same. With more, rows are padded to the longest neighbour, which changes from epoch to epoch, and the
-rounding of a matrix product depends on the shape: cached and uncached runs then agree up to rounding.
+Cached states are bitwise equal to those computed in rows of the same shape. With one prompt per micro-step, the shape
+is always the same. With more, rows are padded to the longest one in the micro-step, which changes from epoch to epoch,
+and the rounding of a matrix product depends on the shape. Cached and uncached runs then agree up to rounding.
 """
 
 import hashlib
@@ -54,13 +54,13 @@ class TrunkCache:
     def __init__(self, blocks: list[nn.Module], extras: int | None, dtype: torch.dtype, folder: Path | None = None):
         """blocks: the frozen ones, in order; extras: see `probe_trunk_cache`; folder: None writes nothing.
 
-        Replaces the blocks' `forward` in place, inside FSDP's hooks. Blocks that FSDP does not shard (one process) stay
-        on the CPU until the first cache miss, so a run that only reads needs no device memory for them.
+        Replaces the blocks' `forward` in place, inside FSDP's hooks. Blocks that FSDP does not shard (with one process)
+        stay on the CPU until the first cache miss, so a run without misses needs no device memory for them.
         """
         self.folder, self.dtype, self.extras, self.writing = folder, dtype, extras, folder is not None
         self.waiting = [block for block in blocks if not any(isinstance(p, DTensor) for p in block.parameters())]
-        self.kept: Tensor | None = None  # [tokens, H], cached states that the last block returns
-        self.computed: Tensor | None = None  # [R, L, H], the last block's own output
+        self.kept: Tensor | None = None  # [tokens, H]: cached states, which the last block returns
+        self.computed: Tensor | None = None  # [R, L, H]: the last block's own output
         self.real: Tensor | None = None  # [R, L] bool: not padding
         for block in self.waiting:
             block.to("cpu")
@@ -77,7 +77,7 @@ class TrunkCache:
                 self.computed, *more = output if isinstance(output, tuple) else (output,)
                 self.extras = len(more) if isinstance(output, tuple) else None
             return output
-        if last:  # padding keeps the embeddings' output, which is finite and which nothing attends to
+        if last:  # padding keeps the embeddings' output, because it is finite and nothing attends to it
             # Assigning to hidden[self.real] would wait for the GPU.
             hidden = hidden.masked_scatter(self.real[..., None], self.kept.to(hidden))
         return hidden if self.extras is None else (hidden, *[None] * self.extras)
@@ -121,7 +121,7 @@ class TrunkCache:
         except OSError as error:
             self.writing = False
             line = f"--cache_trunk {self.folder.parent}: cannot be written ({error.strerror or error})"
-            tqdm.write(f"{printable(line)}; goes on with what is there and without keeping more", file=sys.stderr)
+            tqdm.write(f"{printable(line)}; the run continues, but caches no more", file=sys.stderr)
 
 
 def _checksum(states: Tensor) -> str:
@@ -129,7 +129,7 @@ def _checksum(states: Tensor) -> str:
 
 
 def group_names(batch: Batch) -> list[str]:
-    """Name each group of a CPU batch by a hash of everything that makes two groups' states differ under one key."""
+    """Name each group of a CPU batch by a hash of everything that its states depend on, besides the folder's key."""
     names = []
     for g in range(batch.group[-1] + 1):
         mine = torch.tensor(batch.group) == g
@@ -141,23 +141,24 @@ def group_names(batch: Batch) -> list[str]:
     return names
 
 
-# -- At start: is caching possible, where, and is there room? ---------------------------------------------------------
+# -- At the start: whether caching is possible, where, and whether there is room. --------------------------------------
 
 
 def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
-    """How many values besides the hidden states a block of this architecture returns; None: a bare tensor.
+    """How many values besides the hidden states a block of this architecture returns; None if it returns a bare tensor.
 
-    Raises InputError with the reason if caching is not possible. Tries it on a small random model: caches one batch's
-    hidden states, runs another batch, then runs the first again with frozen blocks skipped.
+    Tries the cache on a small random model: caches one batch's hidden states, runs another batch, then runs the first
+    again with frozen blocks skipped. Raises InputError with the reason if caching is not possible.
     """
     if not frozen.layers:
         raise InputError(
-            f"--cache_trunk: none of {frozen.total_layers} layers is frozen; leave the flag away, or raise --freeze_ratio"
+            f"--cache_trunk: --freeze_ratio {args.freeze_ratio} freezes no layer; raise it, or drop --cache_trunk"
         )
-    # Each batch has two rows; the second one is padded.
+    # Each batch has two rows, and the second one is padded.
     batches = [probe.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     # Any failure is a reason to refuse.
-    with refusing(f"--cache_trunk: not for {config.model_type}", advice="; leave the flag away"), probe.trying():
+    what = f"--cache_trunk: not possible for {config.model_type}"
+    with refusing(what, advice="; drop --cache_trunk"), probe.trying():
         model = probe.small_model(config, args.max_length)
         ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
         below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
@@ -169,20 +170,20 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
 
         wanted, computed = states(batches[0]), cache.computed
         if computed.requires_grad:
-            raise ValueError("something below the first trained layer is trained, as with --train_embeddings")
+            raise ValueError("parameters below the first trained layer are trained, as with --train_embeddings")
         states(batches[1])
         cache.kept = computed[batches[0].segments >= 0]
         if not torch.allclose(states(batches[0]), wanted, rtol=1e-4, atol=1e-5):
-            raise ValueError("its layers hand on more than hidden states")
+            raise ValueError("its layers pass on more than hidden states")
     return cache.extras
 
 
 def open_folder(
     args, config, tokenizer, read: Callable[[str], Tensor], frozen: Frozen, report: dict, layout: str, device: str
 ) -> Path:
-    """Return the folder of these states, and print how much space they need and how much is free. Call on rank 0.
+    """Return the folder for these states, and print how much space they need and how much is free. Call on rank 0.
 
-    read: name -> the full weights, on the CPU. Raises InputError if the folder is not writable or the disk too small.
+    read: name -> full weights, on the CPU. Raises InputError if the folder is not writable or the disk is too small.
     """
 
     def fingerprint(name: str) -> str:
@@ -201,8 +202,8 @@ def open_folder(
         "max_length": args.max_length,
         "row_layout": layout,
         "precision": args.precision,
-        "one prompt a micro-step": args.per_device_train_batch_size == 1
-        and not args.micro_batch_tokens,  # affects rounding, see the top of this file
+        # This affects rounding, see the top of this file.
+        "one prompt per micro-step": args.per_device_train_batch_size == 1 and not args.micro_batch_tokens,
         "device": device,
         "versions": [torch.__version__, transformers.__version__],
         "code": hashlib.sha256(code).hexdigest(),
@@ -216,8 +217,9 @@ def open_folder(
     counts = totals(report["train"] + report["eval"])
     itemsize = 4 if args.precision == "fp32" else 2
     needed = counts[f"{layout} tokens"] * config.get_text_config().hidden_size * itemsize
-    sizes = f"takes {needed / 1e6:,.1f} MB, {there / 1e6:,.1f} MB are there already, {free / 1e6:,.1f} MB are free"
+    sizes = f"need {needed / 1e6:,.1f} MB; {there / 1e6:,.1f} MB are cached already, {free / 1e6:,.1f} MB are free"
+    sizes = f"the frozen layers' outputs for {counts['prompts']:,} prompts {sizes}"
     if needed - there > free:
-        raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or leave the flag away")
-    print(f"the output of the frozen layers for {counts['prompts']:,} prompts {sizes}\n")
+        raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or drop --cache_trunk")
+    print(f"--cache_trunk: {sizes}\n")
     return folder

@@ -26,8 +26,8 @@ SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # Buffers that older versions of transformers stored with the weights: causal masks, rotary frequencies, positions.
 OLD_BUFFERS = r"\b(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bposition_ids$"
 MORE_THAN_TENSORS = (  # replaces torch's advice to load the file anyway
-    "its .bin weights are not only tensors (a pickle that may run any code, or an unfinished download), so they are not "
-    "loaded; give .safetensors. Convert a .bin only if you trust where it is from: "
+    "its .bin weights contain more than tensors (a pickle that may run arbitrary code, or an incomplete download), so "
+    "they are not loaded; use .safetensors weights. If you trust their source, convert them with: "
     """python -c "import torch; from safetensors.torch import save_file; """
     "w = torch.load('pytorch_model.bin', weights_only=False); "
     """save_file({k: t.contiguous().clone() for k, t in w.items() if torch.is_tensor(t)}, 'model.safetensors')\""""
@@ -37,11 +37,11 @@ MORE_THAN_TENSORS = (  # replaces torch's advice to load the file anyway
 def stored_weights(
     name: str, config, model: RewardModel, seed: int, published: bool = False
 ) -> Callable[..., Tensor] | None:
-    """Return read(name in RewardModel, start=0, stop=None) -> rows of a tensor; it reads only them from safetensors.
+    """Return read(name in RewardModel, start=0, stop=None) -> rows of a tensor. It reads only those from safetensors.
 
     Returns None unless stored and wanted tensors match one to one by name and shape, except for a grown vocabulary.
     `load_weights` handles the rest: .bin files, tensors that transformers converts while loading, and errors.
-    seed, published: of a new head (see `init_head`), used if `name` is not a reward model.
+    seed, published: for a new head (see `init_head`), used if `name` is not a reward model.
     """
     trunk = model.trunk
     try:  # load_weights will report any error
@@ -67,10 +67,10 @@ def stored_weights(
         key = key.removeprefix("trunk.")
         if key not in shapes:
             return init_head(width(stored), seed, published)[start:stop]
-        with safe_open(places[key][0], "pt") as file:  # reopen: what was read from an open file counts as memory
+        with safe_open(places[key][0], "pt") as file:  # reopen it, because pages read from an open file count as memory
             rows = file.get_slice(places[key][1])
             rows = rows[start:stop] if shapes[key] else rows[...]
-        if key == grown:  # by the pad token, which nothing attends to
+        if key == grown:  # add a row for the pad token, which nothing attends to
             missing = (len(wanted[key]) if stop is None else stop) - start - len(rows)
             rows = nn.functional.pad(rows, (0, 0, 0, missing))
         return rows
@@ -79,7 +79,7 @@ def stored_weights(
 
 
 def stored_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
-    """{tensor name: (safetensors file, shape)} of a checkpoint; reads no tensor. Raises any error unchanged."""
+    """{tensor name: (safetensors file, shape)} of a checkpoint. Reads no tensors. Lets every error through."""
     found = {}
     files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
     for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
@@ -114,7 +114,7 @@ def trunk_prefix(stored: Iterable[str], trunk) -> str:
 
 
 def brings_head(name: str) -> bool:
-    """Whether the model is already a reward model, so that its head is kept."""
+    """Whether the model is already a reward model, whose head is kept."""
     return lora_of(name).get("task_type") == "SEQ_CLS" or _is_reward_model(AutoConfig.from_pretrained(**origin(name)))
 
 
@@ -123,7 +123,7 @@ def _is_reward_model(config) -> bool:
 
 
 def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
-    """Names of stored tensors that belong to the trunk, not to a head, but have no place in it.
+    """Names of stored tensors that belong to the trunk, not to a head, but that the trunk does not have.
 
     prefix: the prefix of the trunk's names in a checkpoint that holds more than a language model.
     """
@@ -135,7 +135,7 @@ def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
 
 def stored_dtype(name: str) -> str:
     """The dtype of most weights as safetensors names it, such as "BF16"; "" if unknown."""
-    with suppress(Exception):  # no safetensors: use the configuration below
+    with suppress(Exception):  # without safetensors, use the configuration below
         name = origin(name)["pretrained_model_name_or_path"]
         files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
         path = files[0] or get_checkpoint_shard_files(name, files[1])[0][0]
@@ -153,17 +153,17 @@ def stored_dtype(name: str) -> str:
 def choose_precision(name: str, device: str, computes_bf16: bool) -> tuple[str, str]:
     """Resolve --precision auto: (fp16, bf16 or fp32, why). Models made in bf16, as Gemma and Qwen, overflow in fp16."""
     if device != "cuda":
-        return "fp32", "on a CPU"
+        return "fp32", "because there is no GPU"
     if stored_dtype(name) != "BF16":
-        return "fp16", "with a GradScaler, since the weights are not stored in bf16"
+        return "fp16", "with a GradScaler, because the weights are not stored in bf16"
     if not computes_bf16:
-        return "fp16", "since this GPU does not compute in bf16, in which the weights are stored"
-    return "bf16", "as the weights are stored"
+        return "fp16", "because this GPU does not support bf16, in which the weights are stored"
+    return "bf16", "because the weights are stored in bf16"
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn any error that transformers or torch raises while reading weights into an InputError."""
+    """Turn any error that transformers or torch raises while loading weights into an InputError."""
     try:
         yield
     except Exception as error:
@@ -177,20 +177,18 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
     """Load all weights with from_pretrained: {name in RewardModel: tensor}, on the CPU, in the stored precision.
 
     The head is new (seed, published: see `init_head`) unless `name` is already a reward model, whose head is kept.
-    Raises InputError if weights cannot be loaded, are missing from the checkpoint, or have no place in the model.
+    Raises InputError if weights cannot be loaded, are missing, or have no place in the model.
     """
     source, lora = origin(name), lora_of(name)
-    stored = AutoConfig.from_pretrained(**source)  # not `config`, whose vocabulary may have one more token
+    stored = AutoConfig.from_pretrained(**source)  # `config` may have one more token in its vocabulary
     text = stored.get_text_config(decoder=True)
     trunk_cls, rewards = auto.MODEL_MAPPING[type(text)], _is_reward_model(stored)
     if lora.get("task_type") == "SEQ_CLS":
         cls, text.num_labels, rewards = classifier(text), 1, True
     elif (stored.architectures or [""])[0].endswith("ForSequenceClassification"):
         cls, text.num_labels = classifier(text), stored.num_labels
-    elif lora or (
-        getattr(text, "tie_word_embeddings", False) and text is stored
-    ):  # the embeddings may be stored as those of the output
-        cls = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    elif lora or (text is stored and getattr(text, "tie_word_embeddings", False)):
+        cls = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]  # tied embeddings may be stored under the output's name
     else:
         cls = trunk_cls
     prefix = "" if cls is trunk_cls else cls.base_model_prefix + "."
@@ -200,12 +198,9 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
             source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         options = {**source, "config": text, "dtype": "auto", "output_loading_info": True}
         model, info = cls.from_pretrained(**options)
-        if (
-            cls is trunk_cls
-            and info["missing_keys"]
-            and (whole := auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None))
-        ):
-            # transformers renames tensors of DeepSeek V4's language model that it does not find for its trunk.
+        whole = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+        if cls is trunk_cls and info["missing_keys"] and whole:
+            # transformers renames some tensors of DeepSeek V4 for its language model, but not for its trunk alone.
             prefix = whole.base_model_prefix + "."
             model, info = whole.from_pretrained(**options)
         if lora:
@@ -213,26 +208,24 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
 
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
     trunk = model.base_model
-    wanted = prefix if lora or not hasattr(model, "score") else ""  # a language model: only the trunk
+    wanted = prefix if lora or not hasattr(model, "score") else ""  # of a language model, only the trunk is needed
     missing = sorted(key for key in info["missing_keys"] if key.startswith(wanted))
-    for kind, keys in (("missing from", missing), ("of no use in", _misplaced(info["unexpected_keys"], trunk))):
+    odd = _misplaced(info["unexpected_keys"], trunk)
+    for what, keys in (("weights missing from the checkpoint", missing), ("unexpected weights in the checkpoint", odd)):
         if keys:
-            raise InputError(f"--model {name}: weights {kind} the checkpoint: {', '.join(keys[:5])} ({len(keys)})")
+            raise InputError(f"--model {name}: {what}: {', '.join(keys[:5])} ({len(keys)})")
     if config.vocab_size > (known := trunk.get_input_embeddings().num_embeddings):
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
-        trunk.get_input_embeddings().weight.data[known:] = 0.0  # the pad token is never attended to
-    if (
-        config.vocab_size > text.vocab_size
-    ):  # CPM-Ant's prompts follow its tokens; DeepSeek V4 has other tables by token
+        trunk.get_input_embeddings().weight.data[known:] = 0.0  # nothing attends to the pad token
+    if config.vocab_size > text.vocab_size:
+        # Other tensors may depend on the vocabulary too: CPM-Ant's prompts follow its tokens, and DeepSeek V4 has more
+        # tables by token.
         with torch.device("meta"):
-            sizes = {name: tensor.shape for name, tensor in AutoModel.from_config(config).state_dict().items()}
-        if unlike := [
-            key for key, tensor in trunk.state_dict().items() if tensor.shape != sizes.get(key, tensor.shape)
-        ]:
-            raise InputError(
-                f"--model {name}: {unlike[0]} has no room for one more token for padding; give its tokenizer a pad_token "
-                "other than EOS"
-            )
+            sizes = {key: tensor.shape for key, tensor in AutoModel.from_config(config).state_dict().items()}
+        unlike = [key for key, tensor in trunk.state_dict().items() if tensor.shape != sizes.get(key, tensor.shape)]
+        if unlike:
+            advice = "give its tokenizer a pad_token other than EOS"
+            raise InputError(f"--model {name}: {unlike[0]} has no room for a new pad token; {advice}")
     head = model.score.weight.detach() if rewards else init_head(width(trunk.config), seed, published)
     return {f"trunk.{key}": value for key, value in trunk.state_dict().items()} | {"score.weight": head}
 
@@ -242,14 +235,16 @@ def export(
 ) -> None:
     """Write a model and tokenizer that `AutoModelForSequenceClassification.from_pretrained(folder)` loads.
 
-    If transformers has no such class for the family, loading needs trust_remote_code=True; the code is LOADER.
+    If transformers has no such class for the family, loading needs trust_remote_code=True; the code is in LOADER.
 
-    state: full tensors by their names in RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
-    config.json; max_shard_size: largest size of a weights file; several files get an index.
+    Args:
+        state: full tensors by their names in RewardModel (trunk.*, score.weight), all of one dtype.
+        notes: more entries for config.json.
+        max_shard_size: maximum size of a weights file; several files get an index.
     """
     cls, config = classifier(config), copy.deepcopy(config)
     config.update(notes or {})
-    vars(config).pop("auto_map", None)  # refers to code beside the original weights
+    vars(config).pop("auto_map", None)  # it refers to code beside the original weights
     if source := loader(config):
         config.auto_map = {"AutoModelForSequenceClassification": f"{LOADER.removesuffix('.py')}.{cls.__name__}"}
     with torch.device("meta"):
@@ -257,15 +252,16 @@ def export(
     prefix = cls.base_model_prefix + "."
     state = {prefix + name.removeprefix("trunk.") if name != "score.weight" else name: t for name, t in state.items()}
     if state.keys() != model.state_dict().keys():
-        raise RuntimeError(f"{cls.__name__} has other weights: {sorted(state.keys() ^ model.state_dict().keys())[:5]}")
+        odd = sorted(state.keys() ^ model.state_dict().keys())
+        raise RuntimeError(f"{cls.__name__} expects different weights: {', '.join(odd[:5])} ({len(odd)})")
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     if source:
         (folder / LOADER).write_text(source)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    # transformers 5 does not save the sides set on a tokenizer. Truncating on the left keeps the EOS that is scored.
+    # transformers 5 does not save sides that were set on a tokenizer. Truncation on the left keeps the scored EOS.
     sides = {"padding_side": "right", "truncation_side": "left"}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | sides, indent=2, ensure_ascii=False) + "\n")
     os.umask(umask := os.umask(0))
-    for path in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only, ignoring the umask
+    for path in folder.glob("*.safetensors"):  # safetensors ignores the umask and lets only the owner read them
         path.chmod(0o666 & ~umask)

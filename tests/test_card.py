@@ -31,14 +31,14 @@ def test_the_model_card_states_the_runs_numbers(small_data, characters, tmp_path
     for line in (
         "base_model: some/model",
         "| accuracy | 0.7123, 95 % interval 0.6800 to 0.7420 |",
-        "| pairs | 1,320, of them 2 with equal rewards, which count as wrong |",
-        "| accuracy of choosing the longer answer | 0.5500 |",
+        "| pairs | 1,320, including 2 ties (equal rewards), which count as wrong |",
+        "| accuracy of always choosing the longer answer | 0.5500 |",
         "| calibration error | 0.0310 |",
         "| rewards | mean -0.2500, standard deviation 1.5000 (`mean`, `std` in config.json) |",
-        "model = AutoModelForSequenceClassification.from_pretrained(folder)  # bf16; with dtype=torch.float32 fewer rewards are equal",
-        "4 pairs of 3 prompts; the model of step 1,000.",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)  # in bf16; dtype=torch.float32 gives fewer ties",
+        "Trained on 4 pairs from 3 prompts. The model is from step 1,000.",
         r"train.py --loss divergence --max_length 99 --model some/model --precision bf16 --separator '\n' --train_data 'x y.jsonl' b.csv --train_embeddings",
-        "kept                                             4             2",
+        "kept                                            4             2",
         r"""    -d '{"input": ["prompt\nanswer<|endoftext|>"], "use_activation": false}'    # data[0].probs[0] is the reward""",
     ):
         assert line in text.splitlines(), line
@@ -52,7 +52,7 @@ def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluation
     rows = [{**EVALUATION, "step": 100 * i, "eval_loss": None if i == 3 else 0.5} for i in range(41)]
     (tmp_path / "curves.png").touch()
     text = card(small_data, characters, tmp_path, rows, EVALUATION)
-    assert "the model of step 1,000, where the held-out loss was lowest." in text
+    assert "The model is from step 1,000, which had the lowest held-out loss." in text
     table = re.findall(r"^\| ([\d,]+) \| 0\.5000 \| 0\.7123 \|$", text, re.MULTILINE)
     assert len(table) == 10 and table[0] == "0" and table[-1] == "4,000"
     assert text.endswith("![curves](curves.png)\n")
@@ -100,6 +100,6 @@ def test_hostile_names_of_files_models_and_tokens_leave_table_and_card_whole(sma
     assert all(c.isprintable() for line in text.split("\n") for c in line)
     head = text.split("\n---\n")[0]
     assert f"base_model: {json.dumps(HOSTILE)}" in head and head.count("\n") == 4
-    assert r"Trained from ```` '\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e' ```` with minirm." in text
+    assert r"It was trained from ```` '\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e' ```` with minirm." in text
     assert "read at `` `e` ``, so" in text
     assert text.count("\n```") == 6  # three blocks of code, opened and closed

@@ -194,15 +194,15 @@ def test_an_overlong_conversation_is_cut_on_the_left_after_bos(name, tmp_path):
         (group,) = data.train
         found = [group["prefix"] + ids for ids in group["completions"]]
         assert found == [bos + ids[len(bos) + cut :] for ids in whole]
-        assert data.report["train"][0]["kept, prompt cut"] == (cut > 0)
+        assert data.report["train"][0]["kept, prompt truncated"] == (cut > 0)
         assert tokenizer.decode(found[0]).endswith(NINE + tokenizer.decode(whole[0]).split(NINE)[1])
 
 
 def test_messages_without_a_template_are_refused_with_a_remedy(characters, tmp_path):
     path = str(write_jsonl(tmp_path / "x.jsonl", [{"prompt": TALK, "chosen": NINE, "rejected": ELEVEN}]))
     assert refusal(prepare, characters, [path], cache_dir=tmp_path) == (
-        f"{path}:1: messages, but the tokenizer has no chat template; give one with --chat_template FILE, or use a model "
-        "that has been trained to chat"
+        f"{path}:1: chat data, but the tokenizer has no chat template; pass one with --chat_template FILE, or use a chat "
+        "model"
     )
 
 
@@ -218,14 +218,14 @@ def test_messages_that_the_template_refuses_are_named(tmp_path):
         rows[1]["chosen"] = [*messages[:-1], {"role": "assistant", "content": NINE}]
         path = str(write_jsonl(tmp_path / "x.jsonl", rows))
         message = refusal(read_texts, path, tokenizer, "\n", {})
-        assert message == f"{path}:2: the chat template refuses these messages ({why})"
+        assert message == f"{path}:2: the chat template rejects these messages ({why})"
 
 
 @pytest.mark.parametrize(
     "content, why",
     [
-        (None, "not a Jinja file that can be read (No such file or directory"),
-        (b"\xff", "not a Jinja file that can be read ('utf-8' codec can't decode"),
+        (None, "cannot be read as a Jinja file (No such file or directory"),
+        (b"\xff", "cannot be read as a Jinja file ('utf-8' codec can't decode"),
         (b"{% for m in messages %}", "cannot render a question and an answer (Unexpected end of template"),
         (b"{{ messages[5].content }}", "cannot render a question and an answer ("),
     ],
@@ -282,7 +282,7 @@ def test_the_scored_token_ends_the_answer_for_every_tokenizer_and_length(sort, k
         data = prepare(tokenizer, [path], [path], max_length=(longest or 900) - cut, cache_dir=tmp_path)
         longest = longest or data.report["train"][0]["longest"]
         batch = collate([data.train[0]], row_layout="separate", pad_id=tokenizer.pad_token_id, row_limit=9999)
-        assert data.report["train"][0]["kept, prompt cut"] == (cut > 0)
+        assert data.report["train"][0]["kept, prompt truncated"] == (cut > 0)
         for row_of, answer, scored in zip(batch.input_ids, (chosen, rejected), batch.places[:, -1]):
             place = int(scored) % batch.input_ids.shape[1]
             assert row_of[place] == end and (row_of[place + 1 :] == tokenizer.pad_token_id).all()

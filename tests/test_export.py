@@ -369,7 +369,7 @@ def test_a_prolonged_run_that_ends_in_its_export_is_whole_after_the_same_command
     run = server.run(*flags, patch=f"import os\n{patches[stage]}")
     assert run.codes == [3 if stage == "full disk" else -9], run.text()
     if stage == "full disk":
-        assert f"{output}: could not be written ([Errno 28] No space left). It takes " in run.text()
+        assert f"{output}: could not be written ([Errno 28] No space left): needs " in run.text()
     exported = ["config.json", "model.safetensors", "tokenizer.json", "README.md"]
     if stage == "moving":
         assert not (output / "config.json").exists()

@@ -44,8 +44,8 @@ def test_the_table_counts_what_was_read_dropped_and_kept(small_data):
         "tokens, each answer with its prompt": ("80", "37"),
         "tokens, each prompt once": ("48", "24"),
         "saved": ("40.0%", "35.1%"),
-        "the longer answer is the chosen one": ("50.0%", "50.0%"),
-        "the shorter answer is the chosen one": ("25.0%", "50.0%"),
+        "the chosen answer is longer": ("50.0%", "50.0%"),
+        "the chosen answer is shorter": ("25.0%", "50.0%"),
     }
 
 
@@ -65,9 +65,9 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(characters, tmp
     data = prepare(characters, [source], [source], separator="|", max_length=14, cache_dir=tmp_path)
     table = table_rows(data_table(data.report, "shared"))
     assert table["kept"] == ("3", "3")
-    assert table["kept, prompt cut"] == ("2", "2")
+    assert table["kept, prompt truncated"] == ("2", "2")
     assert table["prompts"] == ("2", "2")
-    assert "kept, answer cut" not in table
+    assert "kept, answer truncated" not in table
 
 
 def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_read_as(characters, tmp_path):
@@ -77,9 +77,9 @@ def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_re
     data = prepare(characters, [a, b], [c], separator="|", cache_dir=tmp_path)
     lines = data_table(data.report, "shared").splitlines()
     assert lines[:3] == [
-        "train     texts.jsonl: texts in chosen and rejected; columns prompt, chosen, rejected",
-        "train     strengths.jsonl: HelpSteer; columns prompt, response_1, response_2, preference_strength",
-        "held out  eval.jsonl: texts in chosen and rejected; columns prompt, chosen, rejected",
+        "train     texts.jsonl: texts in chosen and rejected; columns: prompt, chosen, rejected",
+        "train     strengths.jsonl: HelpSteer; columns: prompt, response_1, response_2, preference_strength",
+        "held out  eval.jsonl: texts in chosen and rejected; columns: prompt, chosen, rejected",
     ]
     assert [line.split() for line in lines[4:9]] == [
         ["comparisons", "train", "train", "held", "out"],
@@ -158,7 +158,7 @@ def test_the_line_on_freezing_counts_layers_and_parameters(tmp_path):
     assert line == f"frozen: layers 0-2 of 4; trained: 12,800 of {total:,} parameters ({12_800 / total:.1%})"
     model = empty_model(config)
     line = freeze_line(model, freeze_bottom_layers(model, 0))
-    assert line == f"frozen: no layer; trained: {total:,} of {total:,} parameters (100.0%)"
+    assert line == f"frozen: no layers; trained: {total:,} of {total:,} parameters (100.0%)"
     model = empty_model(config)
     line = freeze_line(model, freeze_bottom_layers(model, 1))
     assert line == f"frozen: layers 0-3 of 4; trained: 32 of {total:,} parameters (0.0%)"
@@ -182,7 +182,7 @@ def test_the_report_has_its_three_parts(small_data, characters, tmp_path):
     # The first batch is one row without padding; in the second every row is as long as its longest.
     rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]
     places = rows[0] + max(rows[1:]) * len(rows[1:])
-    assert f"padding in a micro-batch: {1 - sum(rows) / places:.1%} of its places (mean of 2)" in report
+    assert f"padding: {1 - sum(rows) / places:.1%} of the tokens in a micro-batch (mean of 2)" in report
 
 
 def test_rates_at_which_little_can_be_learned_are_warned_about():
@@ -191,7 +191,7 @@ def test_rates_at_which_little_can_be_learned_are_warned_about():
         return [line for say, line in rate_warnings(SimpleNamespace(**flags), total_steps) if say]
 
     (line,) = said(50)
-    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move no weight by more than 0.0005,")
+    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move a weight by at most 0.0005,")
     assert (
         said(200)
         == said(50, freeze_ratio=1)
@@ -201,23 +201,23 @@ def test_rates_at_which_little_can_be_learned_are_warned_about():
         == []
     )
     (line,) = said(200, warmup_steps=200)
-    assert line.startswith("warning: --warmup_steps 200 of 200 steps: --learning_rate is never reached")
+    assert line.startswith("warning: --warmup_steps 200 takes all 200 steps, so --learning_rate is never reached")
     assert said(200, warmup_steps=200, lr_scheduler_type="constant") == said(201, warmup_steps=200) == []
 
 
 def test_the_last_line_says_if_chance_or_length_would_do_as_well():
     # The shorter answer is the chosen one in 330 of 1,320 pairs, the longer one in 55 %.
     row = EVALUATION | {"eval_by_length": [{"high": -1, "pairs": 330}, {"high": 9, "pairs": 990}]}
-    where = "; the model is in x, load it with AutoModelForSequenceClassification.from_pretrained"
+    where = "; the model is in x: load it with AutoModelForSequenceClassification.from_pretrained"
     assert last_words(row, row, Path("x")) == f"held-out accuracy 0.7123 on 1320 pairs{where}"
     row |= {"eval_accuracy_low": 0.54}
-    said = "held-out accuracy 0.7123 on 1320 pairs, no better than choosing the longer answer (0.5500)"
+    said = "held-out accuracy 0.7123 on 1320 pairs, no better than always choosing the longer answer (0.5500)"
     assert last_words(row, row, Path("x")) == said + where
     row |= {"eval_accuracy_low": 0.49}
-    said = "held-out accuracy 0.7123 on 1320 pairs, no better than chance (its 95 % interval begins at 0.490)"
+    said = "held-out accuracy 0.7123 on 1320 pairs, no better than chance (its 95 % interval starts at 0.490)"
     assert last_words(row, row, Path("x")) == said + where
 
 
 def test_the_last_line_escapes_the_name_of_the_folder():
     row = EVALUATION | {"eval_by_length": []}
-    assert r"the model is in a\x1b[2J," in last_words(row, row, Path("a\x1b[2J"))
+    assert r"the model is in a\x1b[2J: " in last_words(row, row, Path("a\x1b[2J"))

@@ -89,7 +89,7 @@ def test_matrices_without_an_adapter_are_named():
     assert without_adapter(model, frozen) == []
     add_lora(model, 2, 4, frozen)
     assert without_adapter(model, frozen) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
-    assert "without adapters, so frozen as well: mlp.experts.down_proj, mlp" in freeze_line(model, frozen)
+    assert "also frozen, because they have no adapters: mlp.experts.down_proj, mlp" in freeze_line(model, frozen)
     with torch.device("meta"):
         model = plain("llama")
     frozen = freeze_bottom_layers(model, 0.5)

@@ -274,9 +274,9 @@ def test_a_model_that_counts_words_is_found_out():
     assert (row["eval_accuracy"], row["eval_length_accuracy"]) == (1.0, 1.0)
     assert len(row["eval_by_length"]) == 5 and all(bucket["low"] > 0 for bucket in row["eval_by_length"])
     text = final_report(row)
-    assert "Length alone does as well as this model: choosing the longer answer is right in 100.0%." in text
+    assert "Length alone does as well as this model: always choosing the longer answer gets 100.0% right." in text
     swapped = final_report(evaluated(chosen / 10.0, rejected / 10.0, torch.stack([rejected, chosen], dim=1)))
-    assert "Length alone does as well as this model: choosing the shorter answer is right in 100.0%." in swapped
+    assert "Length alone does as well as this model: always choosing the shorter answer gets 100.0% right." in swapped
 
 
 def test_a_model_that_is_better_than_length_is_not_accused():
@@ -285,7 +285,7 @@ def test_a_model_that_is_better_than_length_is_not_accused():
     chosen = torch.where(torch.arange(200) % 10 == 0, -1.0, 1.0)
     row = evaluated(chosen, torch.zeros(200), tokens)
     text = final_report(row)
-    assert "Length alone" not in text and '"the longer answer is better" is right in 45.0%' in text
+    assert "Length alone" not in text and "always choosing the longer answer: 45.0%" in text
     assert "90.0% (85" in text and "-4: 0.90 (90), +0: 0.90 (20), +4: 0.90 (90)" in text
     assert headline(row).startswith("step 3: held-out accuracy 0.9000 (0.85") and "(200 pairs, 0 ties)" in headline(row)
     assert "\n" not in headline(row)
@@ -294,4 +294,4 @@ def test_a_model_that_is_better_than_length_is_not_accused():
 def test_numbers_that_are_none_are_measured_all_the_same():
     row = evaluated(torch.full((6,), math.nan), torch.full((6,), math.nan), torch.ones(6, 2))
     assert (row["eval_accuracy"], row["eval_ties"]) == (0.0, 0) and math.isnan(row["eval_reward_margin"])
-    assert "right in 0.0%" in final_report(row) and headline(row)
+    assert "gets 0.0% right" in final_report(row) and headline(row)

@@ -90,8 +90,8 @@ def test_a_panel_shows_the_values_of_metrics_jsonl():
     heights = {patch.get_label(): list(patch.get_data().values) for patch in rewards.patches}
     assert heights == {"chosen": [0, 0.125, 0.375], "rejected": [0.375, 0.125, 0]}
     assert lines(calibration)["measured, error 0.100"] == ([0.6, 0.9], [0.5, 1.0])
-    assert lines(position)["by the rewards there"] == ([*range(1, 11)], RUN[2]["eval_accuracy_by_position"])
-    assert lines(position)["the longer answer is the chosen one"][1] == [0.25, 0.25]
+    assert lines(position)["model"] == ([*range(1, 11)], RUN[2]["eval_accuracy_by_position"])
+    assert lines(position)["always the longer answer"][1] == [0.25, 0.25]
     assert lines(scale)["loss scale"] == ([10, 20, 30], [65536.0, 32768.0, 32768.0])
     assert lines(scale)["skipped steps: 2"] == ([20], [32768.0])
 
@@ -116,7 +116,7 @@ def test_what_was_not_measured_is_left_out():
     panels = plot.draw({"run": [*OLD, {**RUN[-1], "step": 40, "eval_loss": None, "eval_accuracy": None}]}).axes
     assert lines(panels[0])["held-out"][0] == [0, 20, 30]  # a loss that is not finite is null in metrics.jsonl
     texts = [[text.get_text() for text in panel.texts] for panel in panels]
-    assert texts == [[], [], *[["not in metrics.jsonl"]] * 3, ["off: nothing is scaled in fp32 and bf16"]]
+    assert texts == [[], [], *[["not in metrics.jsonl"]] * 3, ["not used with fp32 and bf16"]]
     assert not plot.draw({"run": [training(10, 1.0, 0.5, 4)]}).axes[1].collections  # killed before any evaluation
 
 
@@ -147,7 +147,11 @@ def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(
     for picture in (a / "curves.png", tmp_path / "both.png"):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 50_000
     result = command(a, tmp_path)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "not a run" in result.stderr
+    assert (
+        result.returncode == 2
+        and len(result.stderr.splitlines()) == 1
+        and "not the --output_dir of a run" in result.stderr
+    )
     assert plot.main([str(a), "--output", str(tmp_path / "curves.nothing")]) == 2
     assert plot.main([str(a), "--output", str(tmp_path / "nowhere" / "curves.png")]) == 2
     capsys.readouterr()
@@ -179,7 +183,7 @@ def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_
     run = server.run(*flags, "--output_dir", tmp_path / "without")  # see processes.py
     assert run.codes == [0] and not (tmp_path / "without" / "curves.png").exists()
     assert (
-        f"no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot {tmp_path / 'without'}"
+        f"no curves.png: matplotlib is not installed; run: pip install matplotlib && python -m minirm.plot {tmp_path / 'without'}"
         in run.text()
     )
     run = server.run(

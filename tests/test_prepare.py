@@ -54,7 +54,7 @@ def test_nothing_left_to_evaluate_on_is_refused(characters, tmp_path):
     train = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(5)))
     ties = str(write_jsonl(tmp_path / "y.jsonl", [{"chosen": "a", "rejected": "b", "margin": 0}] * 3))
     message = refusal(prepare, characters, [train], [ties], cache_dir=tmp_path)
-    assert message == f"{ties}: nothing left to eval on: 3 comparisons read; 3 dropped: tie"
+    assert message == f"{ties}: nothing left to evaluate on: 3 comparisons read; 3 dropped: tie"
 
 
 @pytest.mark.parametrize("fraction", [0, 1.0, float("nan")])
@@ -90,7 +90,7 @@ def test_filters_drop_ties_identical_pairs_and_answers_under_five_words(tmp_path
         "schema": "texts in chosen and rejected",
         "columns": ["prompt", "chosen", "rejected"],
         "not used": [],
-        "special tokens written out in the text": 0,
+        "special tokens in the text": 0,
         "read": 7,
         "dropped: identical answers": 2,
         "dropped: answer under 5 words": 2,
@@ -124,14 +124,14 @@ def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
         "dropped: same tokens": 2,
         "dropped: answer alone longer than --max_length": 1,
         "kept": 3,
-        "kept, prompt cut": 1,
-        "kept, answer cut": 0,
+        "kept, prompt truncated": 1,
+        "kept, answer truncated": 0,
     }
     assert sum(n for k, n in report.items() if k.startswith("dropped")) + report["kept"] == report["read"]
     assert sum(data.train["pairs"]) == 3
     measured = data.report["eval"][0]
     assert (measured["read"], measured["kept"], measured["dropped: tie"]) == (11, 10, 1)
-    assert (measured["kept, prompt cut"], measured["kept, answer cut"]) == (3, 1)
+    assert (measured["kept, prompt truncated"], measured["kept, answer truncated"]) == (3, 1)
     assert measured["prompt also in the training data"] == 10  # 6 of "p", 2 of "ppp...", "q" and "r"
     assert max(len(g["prefix"]) + max(map(len, g["completions"])) for g in data.eval) == 40
 

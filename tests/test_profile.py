@@ -41,4 +41,4 @@ def test_profile_writes_a_trace_for_every_process_and_one_table(server, model_fo
     assert min(row[4] for row in shares) == 0  # one of them waits for nobody
     # The traces are no other run's files; and with too few steps nothing is recorded, which would go on to the end.
     again = server.run(*flags, "--max_steps", 6, world=2, patch="import torch; torch.profiler.profile = None")
-    assert again.codes == [0, 0] and "--profile 2 needs 4 steps, only 1 are to come" in again.text()
+    assert again.codes == [0, 0] and "--profile 2 needs 4 steps, but only 1 remain" in again.text()

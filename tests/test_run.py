@@ -214,7 +214,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_keeps_earlier_checkpoints(serv
         run = server.run(*eight_steps, "--output_dir", output, "--keep", "last", "--save_total_limit", 3, world=2)
         assert run.codes == [3, 3], run.text()
         (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
-        assert f"{output}/checkpoint-6" in line and "bytes" in line and "checkpoint-4 is whole" in line
+        assert f"{output}/checkpoint-6" in line and "bytes" in line and "checkpoint-4 is intact" in line
         assert list(checkpoints(output)) == [4, 2] and not list(output.glob("*.partial"))
         shutil.rmtree(output / "checkpoint-2")
         run = server.run(*eight_steps, "--output_dir", output, "--keep", "last", "--save_total_limit", 1, world=2)

@@ -405,7 +405,7 @@ def test_a_prompt_repeated_in_the_messages_is_used_once(prompt, lead, wanted):
 def test_a_prompt_that_contradicts_the_messages_is_refused(tmp_path):
     row = {"prompt": "Why?", "chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    wanted = f"{path}:1: 'prompt' is another question than the one the messages begin with; leave one of them out"
+    wanted = f"{path}:1: 'prompt' differs from the question that the messages begin with; remove one of them"
     assert refusal(read_texts, str(path), make_tokenizer(), "\n", {}) == wanted
 
 
@@ -428,15 +428,15 @@ def test_columns_that_fit_two_schemas_are_refused_with_both_names(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [row])
     message = refusal(read_texts, str(path), make_tokenizer(), "\n", {})
     assert message == (
-        f"{path}:1: the columns fit chosen and rejected (chosen, rejected) as well as HelpSteer (prompt or context, "
-        "response_1 or response1, response_2 or response2, preference_strength or overall_preference); leave out those of "
-        "one of them"
+        f"{path}:1: the columns match several schemas: chosen and rejected (chosen, rejected) and HelpSteer (prompt or context, "
+        "response_1 or response1, response_2 or response2, preference_strength or overall_preference); remove the columns of "
+        "all but one"
     )
     for other in (
         {"prompt": ASK, "completions": ["a"]},
         {"history": ASK, "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
     ):
-        assert "the columns fit" in refusal(recognise, {"chosen": GOOD, "rejected": BAD, **other})
+        assert "the columns match several schemas" in refusal(recognise, {"chosen": GOOD, "rejected": BAD, **other})
 
 
 BAD_ROWS = [
@@ -471,9 +471,9 @@ BAD_ROWS = [
     ("summarize_from_feedback", {"summaries": ["a", "b"]}, "expected an object in 'info' and two objects with a 'text'"),
     ("lmarena, both bad", {"winner": "model_c"}, "'winner' must be model_a, model_b or a tie, got str \"model_c\""),
     ("lmarena, tie", {"winner_tie": 0}, "'winner' must be model_a, model_b or a tie, got NoneType null"),
-    ("lmarena, turns as JSON", {"response_b": "[\"a\"]"}, "2 questions in 'prompt' need as many answers, got list [\"a\"]"),
+    ("lmarena, turns as JSON", {"response_b": "[\"a\"]"}, "'prompt' has 2 questions; expected as many answers, got list [\"a\"]"),
     ("lmarena, both bad", {"conversation_b": None}, "'conversation_b' must be a string, got NoneType null"),
-    ("a ranked list with scores", {"scores": [1, 2]}, "'scores' must be a list of 4 numbers, one a completion, got list [1, 2]"),
+    ("a ranked list with scores", {"scores": [1, 2]}, "'scores' must be a list of 4 numbers, one per completion, got list [1, 2]"),
     ("a ranked list with scores", {"scores": [1, 2, "x", 3]}, "'scores' must be a number, got str \"x\""),
     ("a ranked list with scores", {"completions": "a"}, "'completions' must be a list of answers, got str \"a\""),
     ("a ranked list with scores", {"completions": []}, "'completions' must be a list of answers, got list []"),
@@ -505,11 +505,11 @@ def test_a_column_missing_in_a_later_line_is_named(tmp_path, case):
 def test_columns_of_no_schema_are_listed():
     found = {"question": "p", "answer": "a"}
     assert refusal(recognise, found) == (
-        "no column 'chosen'; expected prompt (optional), chosen, rejected, the columns of another schema that README names, "
-        "or other names given with --columns prompt=NAME chosen=NAME rejected=NAME; found question, answer"
+        "no column 'chosen'; expected chosen, rejected and optionally prompt, or another format in README.md; found question, "
+        "answer; map other names with --columns prompt=NAME chosen=NAME rejected=NAME"
     )
     assert refusal(recognise, {"prompt": "p", "chosen": "c"}).startswith("no column 'rejected'; ")
-    assert refusal(recognise, {}).endswith("found none")
+    assert "found none; " in refusal(recognise, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def test_columns_reach_into_objects_unless_a_column_has_the_dotted_name(tmp_path
     [
         ({"question": ASK, "context": "c", "chosen": GOOD, "rejected": BAD}, "--columns prompt=question chosen=chosen rejected=rejected"),
         ({"prompt": ASK, "completions": ["a", "b"], "labels": [True, False]}, "stepwise supervision"),
-        ({"prompt": ASK, "response_a": GOOD, "response_b": BAD, "preference": 1}, "numbers could mean either side"),
+        ({"prompt": ASK, "response_a": GOOD, "response_b": BAD, "preference": 1}, "numbers are ambiguous"),
         ({"question": ASK, "response_A": GOOD, "response_B": BAD, "label": "A"}, "must be A>B, B>A or A=B"),
         ({"input": ASK, "output_1": GOOD, "output_2": BAD, "label": 0}, "must be 1 or 2"),
         ({"messages": [USER(ASK)], "rejected_response": BAD}, "must end with the assistant's answer"),
@@ -562,7 +562,7 @@ def test_a_prompt_in_two_columns_of_a_later_row_is_refused(tmp_path):
         {"question": ASK, "chosen": GOOD, "rejected": BAD},
         {"prompt": "x", "question": ASK, "chosen": GOOD, "rejected": BAD},
     ]
-    assert "'prompt' as well as in 'question'" in refusal(read_all, tmp_path, rows)
+    assert "a prompt in 'prompt', but the first row has its prompt in 'question'" in refusal(read_all, tmp_path, rows)
 
 
 def test_answers_with_scores_are_ranked_over_the_whole_file(tmp_path):
@@ -580,7 +580,7 @@ def test_answers_with_scores_are_ranked_over_the_whole_file(tmp_path):
         ("p", ["p\na b c d e", "p\nk l m n o", "p\nu v w x y"], (1, 1), (0, 2))
     ]
     assert report["read"] == 4 and report["dropped: tie"] == 2 and report["schema"] == "answers with a score"
-    assert report["answers alone at their prompt"] == 1
+    assert report["prompts with only one answer"] == 1
 
 
 def test_answers_with_a_score_are_ranked_within_their_subset(tmp_path):
@@ -590,7 +590,7 @@ def test_answers_with_a_score_are_ranked_within_their_subset(tmp_path):
     ]
     found, report = read_all(tmp_path, rows)
     assert [(e["subset"], len(e["texts"]), len(e["chosen"])) for e in found] == [("even", 3, 3), ("odd", 2, 1)]
-    assert report["answers alone at their prompt"] == 0
+    assert report["prompts with only one answer"] == 0
 
 
 def test_a_column_replaced_by_a_renamed_one_is_named_as_not_used(tmp_path):
@@ -615,8 +615,8 @@ def test_sides_that_answer_different_prompts_are_dropped_in_training(tmp_path):
     tokenizer.chat_template = CHAT
     found, report = read_all(tmp_path, rows, tokenizer)
     assert len(found) == 1 and report["read"] == 4
-    assert report["dropped: the sides answer different prompts"] == 2
-    assert report["dropped: a side ends with the user's turn"] == 1
+    assert report["dropped: the answers have different prompts"] == 2
+    assert report["dropped: an answer ends with a user turn"] == 1
     assert len(read_all(tmp_path, rows, tokenizer, keep="labelled")[0]) == 4  # evaluation files keep all of them
 
 
@@ -640,7 +640,7 @@ def test_special_tokens_written_out_in_a_text_are_counted(tmp_path):
         {"prompt": ASK, "chosen": GOOD, "rejected": BAD},
         {"prompt": f"{ASK}<|endoftext|>x", "chosen": GOOD, "rejected": BAD},
     ]
-    assert read_all(tmp_path, rows)[1]["special tokens written out in the text"] == 1
+    assert read_all(tmp_path, rows)[1]["special tokens in the text"] == 1
 
 
 @pytest.mark.parametrize("name", ["question", "Question", "query", "messages"])
@@ -666,7 +666,7 @@ def test_a_system_column_begins_the_prompt():
     messages = [{"role": "system", "content": "Be brief."}, USER(ASK)]
     assert example(sides | {"prompt": [USER(ASK)]}).prompt == messages
     assert example(sides | {"prompt": messages}).prompt == messages
-    assert "leave one of them out" in refusal(example, sides | {"prompt": messages, "system": "Be long."})
+    assert "remove one of them" in refusal(example, sides | {"prompt": messages, "system": "Be long."})
 
 
 def test_messages_in_a_string_must_be_json():
@@ -677,15 +677,15 @@ def test_messages_in_a_string_must_be_json():
 
 def test_a_list_without_answers_is_refused():
     message = refusal(example, {"prompt": ASK, "chosen": [], "rejected": [BAD], "num_correct": 0})
-    assert message.startswith("'chosen' must hold at least one answer")
+    assert message.startswith("'chosen' must contain at least one answer")
 
 
 @pytest.mark.parametrize(
     "chosen, why",
     [
         (f"\n\nHuman: Why?\n\nAssistant: {GOOD}", ""),
-        (f"\n\nHuman: Who?\n\nAssistant: {GOOD}", "the sides answer different prompts"),
-        (f"\n\nHuman: Why?\n\nAssistant: {GOOD}\n\nHuman: Thanks", "a side ends with the user's turn"),
+        (f"\n\nHuman: Who?\n\nAssistant: {GOOD}", "the answers have different prompts"),
+        (f"\n\nHuman: Why?\n\nAssistant: {GOOD}\n\nHuman: Thanks", "an answer ends with a user turn"),
     ],
 )
 def test_transcripts_that_cannot_be_compared_say_why(chosen, why):

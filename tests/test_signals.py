@@ -87,7 +87,7 @@ def test_a_signal_outside_the_training_loop_ends_the_run_within_seconds(server, 
     start = time.monotonic()
     codes = run.wait(60)
     assert time.monotonic() - start < 30 and codes[0] == 128 + number and codes[1] in (1, 128 + number), run.text()
-    line = f"train.py: {number.name}: stopped; no finished step is lost, and the same command goes on"
+    line = f"train.py: {number.name}: stopped; no finished step is lost; run the same command again to resume"
     assert line in run.text().splitlines() and "Traceback" not in run.text(), run.text()
     assert not (tmp_path / "run" / "config.json").exists()
     assert server.run(*flags, world=2).codes == [0, 0] and (tmp_path / "run" / "config.json").exists()

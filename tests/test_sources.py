@@ -102,7 +102,7 @@ def test_a_very_long_csv_field_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet"])
 def test_a_missing_file_is_refused(tmp_path, name):
-    wanted = f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv, .parquet file"
+    wanted = f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv or .parquet file"
     assert refusal(fingerprint, str(tmp_path / name)) == wanted
 
 
@@ -113,14 +113,14 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["no-such-dataset", "no/such-dataset", "no/such-dataset:train", "x.txt"])
 def test_an_unknown_dataset_is_refused(name):
-    wanted = f"{name}: neither a .jsonl, .json, .csv, .tsv, .parquet file nor a dataset that can be loaded ("
+    wanted = f"{name}: neither a .jsonl, .json, .csv, .tsv or .parquet file nor a dataset that can be loaded ("
     assert refusal(fingerprint, name).startswith(wanted)
 
 
 @pytest.mark.parametrize(
     "line, wanted",
     [
-        ("not json", "not JSON (Expecting value: line 1 column 1 (char 0)); expected one object a line"),
+        ("not json", "not JSON (Expecting value: line 1 column 1 (char 0)); expected one object per line"),
         (GOOD[:-5], "not JSON (Invalid control character at: line 1 column 61"),
         (GOOD + GOOD, "not JSON (Extra data"),
         ("[" * 100_000, "not JSON (maximum recursion depth"),
@@ -150,7 +150,7 @@ def test_an_array_that_is_not_json_is_named_with_its_line(tmp_path):
 def test_a_comma_without_quotes_does_not_truncate_an_answer(tmp_path):
     (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\np,{NINE},{ELEVEN}\np,{NINE},well, {ELEVEN}\n")
     message = refusal(read_rows, f"{tmp_path}/x.csv")
-    assert message == f"{tmp_path}/x.csv:3: 4 fields under 3 column names; put texts with commas in double quotes"
+    assert message == f"{tmp_path}/x.csv:3: 4 fields for 3 columns; put texts that contain commas in double quotes"
 
 
 def test_a_csv_with_an_unterminated_quote_is_refused(tmp_path):
@@ -204,7 +204,7 @@ def test_compressed_files_give_the_same_rows(kind, suffix, tmp_path):
     if suffix != ".zst":
         target.write_bytes(target.read_bytes()[:-9])
         message = refusal(read_rows, str(target))
-        assert message.startswith(f"{target}: cannot be read (") and message.endswith("; is the file whole?")
+        assert message.startswith(f"{target}: cannot be read (") and message.endswith("; is the file complete?")
 
 
 def test_zstd_without_its_package_is_refused_with_what_to_install(tmp_path, monkeypatch):
@@ -243,11 +243,11 @@ def test_splits_in_one_file_and_saved_to_disk(tmp_path):
     assert rows_of(tmp_path / "y.json") == rows_of(f"{tmp_path}/y.json:train") == ROWS
     assert rows_of(f"{tmp_path}/y.json:test") == ROWS[:1]
     (tmp_path / "z.json").write_text(json.dumps({"easy": ROWS, "hard": ROWS[:1]}))
-    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"type which one is meant, {tmp_path}/z.json:easy")
+    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"choose one, as in {tmp_path}/z.json:easy")
     parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", ROWS), ("test", ROWS[:1]))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert rows_of(tmp_path / "saved") == ROWS and rows_of(f"{tmp_path}/saved:test") == ROWS[:1]
-    assert "there are train, test" in refusal(read_rows, f"{tmp_path}/saved:dev")
+    assert "found train, test" in refusal(read_rows, f"{tmp_path}/saved:dev")
     (tmp_path / "hub" / "harmless").mkdir(parents=True)
     write_jsonl(tmp_path / "hub" / "harmless" / "test.jsonl", ROWS[:2])
     write_jsonl(tmp_path / "hub" / "train.jsonl", ROWS)
@@ -265,7 +265,7 @@ def test_an_amount_takes_the_first_rows_or_a_share_of_all(tmp_path):
     assert numbers(f"{path}@0.5") == [1, 3, 5, 7, 9] and numbers(f"{path}@0.3") == [3, 6, 9]
     assert len(numbers(f"{path}@1.0")) == 10
     for wrong in ("@0", "@0.0", "@1.5"):
-        assert "a share of them, @0.5" in refusal(read_rows, f"{path}{wrong}")
+        assert "a share up to 1, as in @0.5" in refusal(read_rows, f"{path}{wrong}")
     write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # an existing file keeps its name, whose type is unknown
     assert "neither a .jsonl" in refusal(fingerprint, f"{tmp_path}/odd.jsonl@2")
 
@@ -273,7 +273,7 @@ def test_an_amount_takes_the_first_rows_or_a_share_of_all(tmp_path):
 def test_a_split_of_a_file_without_splits_is_refused(tmp_path):
     for kind in ("jsonl", "json lines", "json array", "csv", "parquet"):
         path = write_as(kind, tmp_path, ROWS)
-        assert refusal(rows_of, f"{path}:test") == f"{path}:test: the file has no splits; type {path}"
+        assert refusal(rows_of, f"{path}:test") == f"{path}:test: the file has no splits; use {path}"
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert "without splits" in refusal(rows_of, f"{tmp_path}/saved:test")
 
@@ -314,7 +314,7 @@ def test_unread_files_of_a_folder_are_named(tmp_path):
 def test_a_compressed_file_with_the_suffix_of_a_plain_one_is_refused_by_name(tmp_path, pack, suffix):
     path = tmp_path / "x.jsonl"
     path.write_bytes(pack.compress(GOOD.encode()))
-    assert refusal(read_rows, str(path)).endswith(f"its bytes are those of a {suffix} file; name it {path}{suffix}")
+    assert refusal(read_rows, str(path)).endswith(f"this is a {suffix} file; rename it to {path}{suffix}")
 
 
 @pytest.mark.parametrize("mark", [";", "|", "\t"])

@@ -174,7 +174,7 @@ def test_both_sides_lose_the_same_left_part_of_the_prompt():
     tokenizer = with_template("<s> $A")
     (group,), counts = tokenised(tokenizer, [("0123456789", "aaaa", "bb")], max_length=14)
     assert texts_of(group, tokenizer) == [("<s>3456789|aaaa</s>", "<s>3456789|bb</s>")]
-    assert (counts["kept"], counts["kept, prompt cut"], counts["kept, answer cut"]) == (1, 1, 0)
+    assert (counts["kept"], counts["kept, prompt truncated"], counts["kept, answer truncated"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("template, kept", [("<s> $A", "<s>"), ("$A", "")])
@@ -182,7 +182,7 @@ def test_bos_separator_answer_and_eos_are_never_cut(template, kept):
     tokenizer = with_template(template)
     (group,), counts = tokenised(tokenizer, [("0123", "aaaa", "b")], max_length=len(kept) // 3 + 6)
     assert texts_of(group, tokenizer) == [(f"{kept}|aaaa</s>", f"{kept}|b</s>")]
-    assert counts["kept, prompt cut"] == 1
+    assert counts["kept, prompt truncated"] == 1
 
 
 def test_tokens_that_start_every_text_are_never_cut():
@@ -199,7 +199,7 @@ def test_tokens_that_start_every_text_are_never_cut():
 def test_a_comparison_that_just_fits_is_not_cut(characters):
     (group,), counts = tokenised(characters, [("0123", "aaaa", "b")], max_length=10)
     assert texts_of(group, characters) == [("0123|aaaa<|endoftext|>", "0123|b<|endoftext|>")]
-    assert counts["kept, prompt cut"] == 0
+    assert counts["kept, prompt truncated"] == 0
 
 
 def test_shorter_comparisons_of_the_same_prompt_are_not_cut(characters):
@@ -210,7 +210,7 @@ def test_shorter_comparisons_of_the_same_prompt_are_not_cut(characters):
         [(f"0123|a{eos}", f"0123|b{eos}"), (f"0123|c{eos}", f"0123|b{eos}")],
         [(f"23|aaaa{eos}", f"23|b{eos}"), (f"23|a{eos}", f"23|cccc{eos}")],
     ]
-    assert (counts["kept"], counts["kept, prompt cut"], counts["prompts"]) == (4, 2, 1)
+    assert (counts["kept"], counts["kept, prompt truncated"], counts["prompts"]) == (4, 2, 1)
 
 
 def test_an_answer_too_long_by_itself_is_dropped_in_training(characters):
@@ -220,17 +220,17 @@ def test_an_answer_too_long_by_itself_is_dropped_in_training(characters):
     )
     assert [texts_of(group, characters) for group in groups] == [[("23|a<|endoftext|>", "23|b<|endoftext|>")]]
     assert counts["dropped: answer alone longer than --max_length"] == 2
-    assert (counts["kept"], counts["kept, prompt cut"]) == (1, 1)
+    assert (counts["kept"], counts["kept, prompt truncated"]) == (1, 1)
 
 
 def test_an_evaluation_answer_too_long_by_itself_is_cut_before_its_eos():
     tokenizer = with_template("<s> $A")
     (group,), counts = tokenised(tokenizer, [("0123", "abcdef", "b")], max_length=6, keep="labelled")
     assert texts_of(group, tokenizer) == [("<s>|abc</s>", "<s>|b</s>")]
-    assert (counts["kept"], counts["kept, prompt cut"], counts["kept, answer cut"]) == (1, 1, 1)
+    assert (counts["kept"], counts["kept, prompt truncated"], counts["kept, answer truncated"]) == (1, 1, 1)
     (group,), counts = tokenised(tokenizer, [("", "abcdef", "abcdeg")], max_length=6, keep="labelled")
     assert texts_of(group, tokenizer) == [("<s>abcd</s>", "<s>abcd</s>")]  # a tie, which counts as wrong
-    assert (counts["kept"], counts["kept, prompt cut"], counts["kept, answer cut"]) == (1, 0, 1)
+    assert (counts["kept"], counts["kept, prompt truncated"], counts["kept, answer truncated"]) == (1, 0, 1)
 
 
 def test_only_tokens_of_the_prompt_are_cut():
@@ -277,7 +277,7 @@ def test_overlong_error_names_file_and_line(characters, tmp_path):
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
     message = refusal(prepare, characters, [source], [source], max_length=17, overlong="error", cache_dir=tmp_path)
-    wanted = "18 tokens, --max_length is 17; raise --max_length, or choose --overlong truncate or drop"
+    wanted = "18 tokens exceed --max_length 17; raise --max_length, or use --overlong truncate or drop"
     assert message == f"{source}:2: {wanted}"
     data = prepare(characters, [source], [source], max_length=18, overlong="error", cache_dir=tmp_path)
     assert data.report["train"][0]["kept"] == 2

@@ -190,7 +190,7 @@ def test_data_whose_longer_answer_always_wins_is_reported(model_folder, tmp_path
     last = trained(data, tmp_path / "out", model_folder("gptj"), "--max_steps", 6)[-1]
     assert last["eval_length_accuracy"] == 1.0 and all(bucket["low"] > 0 for bucket in last["eval_by_length"])
     shown = capsys.readouterr().out
-    assert "Length alone does as well as this model: choosing the longer answer is right in 100.0%." in shown
+    assert "Length alone does as well as this model: always choosing the longer answer gets 100.0% right." in shown
 
 
 @pytest.mark.parametrize("layout", ["separate", "shared"])
@@ -381,11 +381,11 @@ def test_loss_options_are_refused_with_the_published_loss(flag, value, refused, 
 @pytest.mark.parametrize(
     "options, with_margins, warning",
     [
-        (["--loss", "trlx"], True, "--loss trlx is as published: the data's margins have no effect"),
+        (["--loss", "trlx"], True, "--loss trlx ignores the margins in the data"),
         (["--loss", "trlx"], False, ""),
-        (["--margin_scale", 0.5], False, "no margins in the data: --margin_scale has no effect"),
+        (["--margin_scale", 0.5], False, "--margin_scale has no effect: the data has no margins"),
         (["--margin_scale", 0.5, "--pair_weight", "prompt"], True, ""),
-        (["--pair_weight", "prompt"], False, "one comparison a prompt: --pair_weight has no effect"),
+        (["--pair_weight", "prompt"], False, "--pair_weight has no effect: every prompt has one comparison"),
     ],
 )
 def test_flags_that_the_data_leaves_without_effect_are_named(

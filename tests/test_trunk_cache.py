@@ -309,7 +309,7 @@ def refusal(capsys, *flags) -> str:
 
 def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tmp_path, capsys, monkeypatch):
     flags = argv(model_folder("llama"), data, tmp_path / "out", "--cache_trunk", tmp_path / "cache")
-    assert "none of 4 layers is frozen" in refusal(capsys, *flags, "--freeze_ratio", 0)
+    assert "freezes no layer" in refusal(capsys, *flags, "--freeze_ratio", 0)
     assert "--train_embeddings" in refusal(capsys, *flags, "--train_embeddings")
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(capsys, *flags, "--cache_trunk", tmp_path / "file")
@@ -330,7 +330,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
 
     assert probe_trunk_cache(args, config, frozen) is None
     monkeypatch.setattr(probe, "small_model", leaky)
-    with pytest.raises(InputError, match="not for llama .its layers hand on more than hidden states"):
+    with pytest.raises(InputError, match="not possible for llama .its layers pass on more than hidden states"):
         probe_trunk_cache(args, config, frozen)
 
     def trains_below(*arguments):

@@ -34,7 +34,9 @@ def test_missing_and_misplaced_weights_are_refused_by_name(model_folder, tmp_pat
     fifth = {"model.layers.4.mlp.up_proj.weight": torch.zeros(64, 32), "model.memory": torch.zeros(3)}
     name, config = changed(model_folder, "llama", tmp_path / "b", lambda w: w | fifth)
     assert stored_weights(name, config, empty_model(config), 0) is None
-    with pytest.raises(InputError, match=r"of no use in the checkpoint: model\.layers\.4\.mlp.*, model\.memory \(2\)"):
+    with pytest.raises(
+        InputError, match=r"unexpected weights in the checkpoint: model\.layers\.4\.mlp.*, model\.memory \(2\)"
+    ):
         load_weights(name, config, 0)
 
 
@@ -109,7 +111,7 @@ def test_a_bin_file_with_more_than_tensors_is_refused_with_a_fix(kind, model_fol
         torch.save(weights | {"x": Code() if kind == "code" else argparse.Namespace(lr=1)}, path)
     config, _ = load_config(str(folder))
     message = refused_in_one_line(load_weights, str(folder), config, 0)
-    assert message.startswith(f"--model {folder}: its .bin weights are not only tensors") and not RAN
+    assert message.startswith(f"--model {folder}: its .bin weights contain more than tensors") and not RAN
     if kind == "namespace":
         monkeypatch.chdir(folder)
         exec(re.search('python -c "(.*)"$', message)[1], {})  # noqa: S102 - as the user would type it
@@ -175,7 +177,7 @@ def test_precision_auto_is_bf16_for_bf16_weights_on_gpus_that_support_it(dtype, 
         assert stored_dtype(folder) == name
         assert choose_precision(folder, "cuda", True)[0] == ("bf16" if name == "BF16" else "fp16")
         assert choose_precision(folder, "cuda", False)[0] == "fp16"
-        assert choose_precision(folder, "cpu", True) == ("fp32", "on a CPU")
+        assert choose_precision(folder, "cpu", True) == ("fp32", "because there is no GPU")
     (tmp_path / "one" / "model.safetensors").unlink()
     by_config = choose_precision(str(tmp_path / "one"), "cuda", True)[0]
     assert by_config == ("bf16" if name == "BF16" else "fp16")

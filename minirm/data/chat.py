@@ -9,15 +9,15 @@ from minirm.errors import InputError, one_line, refusing
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 def set_chat_template(tokenizer, path: str | None = None) -> None:
-    """Load a chat template from a file, and make the tokenizer's template end where the reward is read.
+    """Load a chat template from a file if there is one, and make the tokenizer's template end at the scored token.
 
-    Many templates add a line break after the token that ends a turn; some add no such token. Here a conversation ends
-    with that token, or with EOS, so that any program that loads the exported tokenizer scores exactly what
+    Many templates add a line break after the end-of-turn token; some add no such token. Here a conversation ends with
+    that token, or else with EOS, so that any program that loads the exported tokenizer scores exactly what
     `apply_chat_template` returns. Prompts for generation stay unchanged.
     """
     flag = f"--chat_template {path}"
     if path:
-        with refusing(f"{flag}: not a Jinja file that can be read", (OSError, UnicodeDecodeError)):
+        with refusing(f"{flag}: cannot be read as a Jinja file", (OSError, UnicodeDecodeError)):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         return
@@ -26,14 +26,14 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
         text, template = tokenizer.apply_chat_template(turns, tokenize=False), tokenizer.get_chat_template()
     except Exception as error:  # noqa: BLE001 - Jinja code can raise anything
         if not path:
-            return  # reported once messages occur
+            return  # `render` reports it if the data has messages
         raise InputError(f"{flag}: cannot render a question and an answer ({one_line(error)})") from None
     ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
     ends = bool(ids) and ids[-1] in special_ids(tokenizer)
     if ends and text == text.rstrip():
         return
-    # The plus signs keep the whitespace next to a block, which transformers' Jinja settings would strip. Those settings
-    # also strip a template's last line break.
+    # transformers' Jinja settings strip whitespace next to a block, except at a plus sign, and a template's last line
+    # break.
     tokenizer.chat_template = (
         "{% set minirm_text +%}" + template.removesuffix("\n") + "{%+ endset %}{{ minirm_text if add_generation_prompt "
         "else " + ("minirm_text.rstrip()" if ends else "minirm_text + eos_token") + " }}"
@@ -41,7 +41,7 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Ids that can end a turn: EOS and all other special tokens."""
+    """Ids of the tokens that can end a turn: EOS and all other special tokens."""
     return {tokenizer.eos_token_id} | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
@@ -51,10 +51,10 @@ def render(tokenizer, messages: Messages, where: str) -> str:
         return ""
     if not tokenizer.chat_template:
         raise InputError(
-            f"{where}: messages, but the tokenizer has no chat template; give one with --chat_template FILE, or use a "
-            "model that has been trained to chat"
+            f"{where}: chat data, but the tokenizer has no chat template; pass one with --chat_template FILE, or use a "
+            "chat model"
         )
-    with refusing(f"{where}: the chat template refuses these messages"):  # Jinja code can raise anything
+    with refusing(f"{where}: the chat template rejects these messages"):  # Jinja code can raise anything
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
@@ -64,7 +64,7 @@ def unescaped(text: str) -> str:
 
 
 def join(prompt: str, answer: str, separator: str) -> str:
-    """Join prompt and answer into one text, with the separator between them unless there is whitespace already."""
+    """Join prompt and answer into one text, with the separator in between unless there is whitespace already."""
     if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace():
         return prompt + answer
     return prompt + separator + answer

@@ -1,14 +1,14 @@
 """The built-in demo: real English comparisons and a tiny GPT-J, made locally without network or GPU.
 
-The English comes from the docstrings of Python's standard library, read with `ast`; nothing is imported. The prompt is
-the signature of a function or class and the beginning of its docstring after the first sentence; the chosen answer is
-the first sentence. Rejected answers have the same number of words, so that length reveals nothing:
+The English comes from docstrings of Python's standard library, read with `ast`; nothing is imported. The chosen answer
+is a docstring's first sentence. The prompt is the signature of the function or class, followed by the beginning of the
+rest of the docstring. Rejected answers have the same number of words, so that length reveals nothing:
 
-    shuffled   the same words in another order, except for the first and last: no capital or full stop inside
-    other      the first sentence of another docstring; few, because matching content is nearly beyond such a model
+    shuffled   the same words in another order; the first and last stay, so that capital and full stop reveal nothing
+    other      the first sentence of another docstring; few, because so small a model can barely judge content
 
 The model is pre-trained as a language model on the training prompts and their chosen answers, because most of its
-layers are frozen afterwards and must have learned something useful.
+layers are frozen afterwards and must have learned something useful before.
 """
 
 import ast
@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
+from minirm.errors import InputError
 from minirm.files import whole_folder
 
 # train.py flags for a model this small; with `--model demo` they replace the recipe's defaults.
@@ -38,13 +39,13 @@ DEMO_DEFAULTS = {
 }  # fmt: skip
 
 
-SHUFFLES = 2  # per prompt: more shuffles teach more than more epochs
+SHUFFLES = 2  # per prompt, because more shuffles teach more than more epochs
 OTHER = 0.08  # share of the prompts that also get another prompt's answer
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, so that the end of a text is never mistaken for padding
-LAYERS = 7  # the smallest number of which the recipe's 30 % trains two layers, int(0.3 * 7)
-WARM_UP_STEPS = 800  # language-model steps of 4 x 128 tokens; not a time limit, so that a seed determines the model
+LAYERS = 7  # the smallest number for which the recipe trains two layers: int(0.3 * 7)
+WARM_UP_STEPS = 800  # language-model steps of 4 x 128 tokens; no time limit, so that the seed determines the model
 EVAL_PROMPTS = 300
-MIN_PROMPTS = 1000  # fewer give the model too little English to learn from
+MIN_PROMPTS = 1000  # fewer are too little English to learn from
 # Folders outside the library, and tests, whose docstrings do not describe code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -60,8 +61,8 @@ class DemoPaths(NamedTuple):
 def build_demo(seed: int = 0) -> DemoPaths:
     """Make the demo's model, tokenizer and comparisons unless they exist, and return their paths.
 
-    They are in demo-<digest of everything that determines the content> in $MINIRM_CACHE, or else in ~/.cache/minirm.
-    seed: seeds the split, the rejected answers and the model. Raises ValueError as `make_comparisons` does.
+    They are in demo-<digest of everything that determines the content>, in $MINIRM_CACHE or else in ~/.cache/minirm.
+    seed: for the split, the rejected answers and the model. Raises InputError as `make_comparisons` does.
     """
     versions = [platform.python_version(), *(m.__version__.split(".")[0] for m in (torch, transformers))]
     digest = hashlib.sha256(repr([versions, seed, WARM_UP_STEPS]).encode() + Path(__file__).read_bytes()).hexdigest()
@@ -93,16 +94,16 @@ def use_demo(args) -> None:
 def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[dict], list[dict], list[str]]:
     """Make comparisons from the docstrings below the folder `library` (default: this Python's standard library).
 
-    Returns: train rows, held-out rows, training texts (prompt, newline, chosen answer). The two sides share no prompt
-    and no chosen answer, and their rejected answers are made of their own sentences alone.
-    Raises ValueError if there are too few docstrings.
+    Returns: training rows, held-out rows, training texts (prompt, newline, chosen answer). Training and held-out rows
+    share no prompt and no chosen answer, and each part's rejected answers come from its own sentences.
+    Raises InputError if there are too few docstrings.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     entries = sorted(read_docstrings(library).items())
     if len(entries) < MIN_PROMPTS:
-        raise ValueError(
-            f"--model demo is made from the docstrings of Python's standard library, but {library} has {len(entries)} that "
-            f"can be used and {MIN_PROMPTS} are needed: use a Python installed with its .py sources, or another --model"
+        raise InputError(
+            f"--model demo: expected at least {MIN_PROMPTS} usable docstrings in Python's standard library, found "
+            f"{len(entries)} in {library}; use a Python installed with its .py sources, or another --model"
         )
     rng = random.Random(seed)
     rng.shuffle(entries)
@@ -112,24 +113,24 @@ def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[d
 
 
 def read_docstrings(library: Path) -> dict[str, str]:
-    """{first sentence of a docstring: prompt} of the functions and classes in library/**/*.py, with unique prompts.
+    """{first sentence of a docstring: prompt} for the functions and classes in library/**/*.py, with unique prompts.
 
     Takes only sentences of 5 to 25 words that begin with a capital and end with a full stop.
     """
-    prompts = {}  # keyed by prompt first, then by sentence, so that both are unique
+    prompts = {}  # keyed by prompt here and by sentence in the result, so that both are unique
     for path in sorted(library.rglob("*.py")):
         place = path.relative_to(library).parts
         if SKIPPED_FOLDERS & set(place):
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # broken on purpose (templates, test data) or unreadable
+        except (SyntaxError, ValueError, OSError):  # unreadable, or broken on purpose (templates, test data)
             continue
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 continue
             docstring = " ".join((ast.get_docstring(node) or "").split())
-            # The first full stop before a capital ends the sentence; the one in "e.g. this" does not.
+            # A full stop ends the sentence only before a capital, so not in "e.g. this".
             sentence, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])", docstring, maxsplit=1)
             inside = node.bases if isinstance(node, ast.ClassDef) else [node.args]
             signature = f"{place[0].removesuffix('.py')}.{node.name}({', '.join(map(ast.unparse, inside))})"
@@ -152,7 +153,7 @@ def add_rejected(entries: list[tuple[str, str]], rng: random.Random) -> list[dic
         subset_of = {" ".join([first, *order, last]): "shuffled" for order in orders}
         if rng.random() < OTHER:
             subset_of[rng.choice(by_words[len(inner) + 2])] = "other"
-        subset_of.pop(sentence, None)  # by chance the chosen one
+        subset_of.pop(sentence, None)  # a shuffle may give the chosen answer by chance
         rows += [{"prompt": prompt, "chosen": sentence, "rejected": r, "subset": s} for r, s in subset_of.items()]
     return rows
 
@@ -162,16 +163,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    every_byte = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=[EOS, PAD], initial_alphabet=every_byte, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
+    sizes = {"vocab_size": 2048, "special_tokens": [EOS, PAD], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**sizes, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
 
 def warm_up(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> GPTJForCausalLM:
-    """A small GPT-J after WARM_UP_STEPS of language modelling. torch's global random state is left unchanged."""
+    """A small GPT-J after WARM_UP_STEPS of language modelling. Leaves torch's global random state unchanged."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     sizes = {"vocab_size": len(tokenizer), "n_positions": 512, "n_embd": 128, "n_layer": LAYERS, "n_head": 4}
     config = GPTJConfig(**sizes, rotary_dim=16, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
@@ -182,9 +180,9 @@ def warm_up(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     stream = torch.tensor(tokenizer(EOS.join(texts))["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=WARM_UP_STEPS + 1, pct_start=0.1)
-    bar = tqdm(range(WARM_UP_STEPS), desc="demo: teaching a tiny GPT-J English, once", unit="step")
+    bar = tqdm(range(WARM_UP_STEPS), desc="demo: pre-training a tiny GPT-J (only once)", unit="step")
     for _ in bar:
-        # Small batches: with so few tokens, more steps teach more than smoother steps.
+        # Small batches, because with so few tokens many noisy steps teach more than a few smooth ones.
         starts = torch.randint(len(stream) - 128, (4,), generator=generator).tolist()
         ids = torch.stack([stream[start : start + 128] for start in starts])
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

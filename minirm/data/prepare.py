@@ -8,7 +8,7 @@ completions. A *group* holds all examples of one prompt:
     chosen, rejected, margin, subset, source   one entry per comparison; the first two are indices into completions
 
 Prompt and answer are tokenised together, as one text, so that any other program gets the same ids. Examples and groups
-are on disk and memory-mapped; an example takes 24 bytes of memory.
+are memory-mapped from disk; an example takes 24 bytes of memory.
 """
 
 import gc
@@ -71,7 +71,7 @@ FEATURES = datasets.Features(
 
 
 class Prepared(NamedTuple):
-    """Tokenised groups, on disk and memory-mapped, and statistics of the preparation."""
+    """Tokenised groups, memory-mapped from disk, and statistics of their preparation."""
 
     train: datasets.Dataset
     eval: datasets.Dataset
@@ -91,16 +91,15 @@ def read_texts(
     """Yield the examples of a source as TEXTS. Raises InputError for a bad row.
 
     Args:
-        report: gets the schema, its columns, the comparisons read, and the numbers dropped by reason.
-        keep: "worth" drops comparisons not worth training on; "labelled" drops only ties, so that the accuracy on an
-            evaluation file is that of any other program; "all" also keeps examples without a comparison.
+        report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
+        keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on
+            an evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
         number: index of the source.
         columns: see `schemas.rename`.
     """
     counts: Counter = Counter()
-    special = re.compile(
-        "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) or r"(?!)"
-    )
+    tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
     for where, example in read_examples(source, report, columns):
         prompt, completions, compared, ties, labelled, own_separator, subset, row_id, odd = example
         if keep == "all" and not labelled:
@@ -121,7 +120,7 @@ def read_texts(
         counts["read"] += len(compared) + ties
         counts["dropped: tie"] += ties
         whole = "\n".join([*map(said, prompt), *answers]) if chat else "\n".join([prompt, *answers])
-        counts["special tokens written out in the text"] += bool(special.search(whole))
+        counts["special tokens in the text"] += bool(special.search(whole))
         report.update(counts)
         if not pairs and keep != "all":
             continue
@@ -140,7 +139,7 @@ def read_texts(
 def read_examples(
     source: str, report: dict, columns: dict[str, str] | None = None
 ) -> Iterator[tuple[str, schemas.Example]]:
-    """Yield (where, Example) for a source. Rows of one answer and its score are ranked by prompt once all are read."""
+    """Yield (where, Example) for a source. Rows with one answer and its score are ranked by prompt, after the last one."""
     schema, scored = None, {}
     for where, row in read_rows(source):
         try:
@@ -159,7 +158,7 @@ def read_examples(
         else:
             yield where, example
     for where, rows in scored.values():
-        report["answers alone at their prompt"] = report.get("answers alone at their prompt", 0) + (len(rows) == 1)
+        report["prompts with only one answer"] = report.get("prompts with only one answer", 0) + (len(rows) == 1)
         yield where, schemas.by_score(rows)
 
 
@@ -169,7 +168,7 @@ def said(message: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preparing all data, once
+# Preparation of all data, once
 class Texts(NamedTuple):
     rows: datasets.Dataset  # N rows of TEXTS
     keys: Tensor  # [N] int64: equal for examples of the same prompt
@@ -178,7 +177,7 @@ class Texts(NamedTuple):
     report: list[dict]  # one per source
 
     def note(self, what: str, chosen: Tensor) -> None:
-        """Report for each source, as `what`, the number of comparisons in the chosen ([N] bool) examples."""
+        """Add to the report, as `what`, the number of comparisons of each source in the chosen ([N] bool) examples."""
         counts = self.sources[chosen].bincount(self.pairs[chosen], minlength=len(self.report)).long().tolist()
         for row, n in zip(self.report, counts):
             row[what] = n
@@ -192,9 +191,8 @@ def store(
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
             examples = read_texts(source, tokenizer, separator, report[number], keep, number, columns)
-            for example in tqdm(
-                examples, desc=f"reading {printable(source)}", unit=" prompts", leave=False, disable=None
-            ):
+            what = f"reading {printable(source)}"
+            for example in tqdm(examples, what, unit=" prompts", leave=False, disable=None):
                 numbers.extend((prompt_key(example), number, len(example["chosen"])))
                 writer.write(example)
         writer.finalize()
@@ -209,12 +207,12 @@ def prompt_key(example: dict) -> int:
 
 
 def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """CHUNK prompts at a time, each a list of its chosen ([N] bool) examples, in order of their first occurrence."""
+    """Yield CHUNK prompts at a time, each a list of its chosen ([N] bool) examples, in order of first occurrence."""
     return (read_prompts(texts, *chunk) for chunk in chunks(texts, chosen))
 
 
 def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """CHUNK prompts at a time: the number of chosen examples of each, and their rows, concatenated."""
+    """For CHUNK prompts at a time: the number of chosen examples of each, and the rows of all of them."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
@@ -225,14 +223,14 @@ def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def read_prompts(texts: Texts, sizes: Tensor, rows: Tensor) -> list[list[dict]]:
-    """The examples of some prompts, given by one item of `chunks`."""
+    """The examples of the prompts in one item of `chunks`."""
     columns = texts.rows[rows.tolist()]
     examples = (dict(zip(columns, values)) for values in zip(*columns.values()))
     return [list(islice(examples, n)) for n in sizes.tolist()]
 
 
 def hold_out(keys: Tensor, fraction: float, seed: int) -> Tensor:
-    """[N] prompt keys -> [N] bool: selects `fraction` of the distinct keys, at least one. The same on every rank."""
+    """[N] prompt keys -> [N] bool: `fraction` of the distinct keys, at least one. The same on every rank."""
     distinct = keys.unique()
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
     return torch.isin(keys, distinct[order[: max(1, round(fraction * len(distinct)))]])
@@ -251,7 +249,7 @@ def prepare(
     columns: dict[str, str] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Prepared:
-    """Read, filter, tokenise and group the data. The result is cached, atomically, under a hash of all it depends on.
+    """Read, filter, tokenise and group the data. The result is cached under a hash of everything it depends on.
 
     Without `eval_data`, `eval_fraction` of the prompts is held out, each with all its comparisons.
     Raises InputError for bad data, and if nothing is left to train or evaluate on.
@@ -266,12 +264,11 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        gc.freeze()  # spare imported objects repeated garbage collection, which takes a fifth of the time
+        gc.freeze()  # collecting garbage among imported objects again and again takes a fifth of the time
         try:
             with whole_folder(folder) as new:
-                report = write_groups(
-                    new, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
-                )
+                more = (eval_fraction, separator, seed, rules, columns)
+                report = write_groups(new, tokenizer, train_data, eval_data, *more)
                 (new / "report.json").write_text(json.dumps(report))
                 for path in new.glob("*.texts"):
                     path.unlink()
@@ -281,21 +278,20 @@ def prepare(
     for part, named in (("train", train_data), ("eval", eval_data or train_data)):
         total = totals(report[part])
         if not total["kept"]:
-            left_out = (f"{n:,} {why}" for why, n in total.items() if n and why.startswith(("dropped", "held out")))
-            found = f"{total['read']:,} comparisons read; {', '.join(left_out) or 'no rows'}"
-            raise InputError(f"{', '.join(named)}: nothing left to {part} on: {found}")
+            lost = (f"{n:,} {why}" for why, n in total.items() if n and why.startswith(("dropped", "held out")))
+            found = f"{total['read']:,} comparisons read; {', '.join(lost) or 'no rows'}"
+            task = "train" if part == "train" else "evaluate"
+            raise InputError(f"{', '.join(named)}: nothing left to {task} on: {found}")
     parts = [datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval")]
     return Prepared(*parts, report, prints)
 
 
 def numbers(groups: datasets.Dataset, column: str) -> Tensor:
-    """[G] int32: a column with one number per group."""
+    """[G] int32: a column that has one number per group."""
     return torch.tensor(groups.data.column(column).to_numpy())
 
 
-def write_groups(
-    folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns
-) -> dict[str, list]:
+def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separator, seed, rules, columns) -> dict:
     """Write train.arrow and eval.arrow to a folder and return the report."""
     train = store(folder / "train.texts", train_data, tokenizer, separator, "worth", columns)
     if eval_data:
@@ -324,10 +320,8 @@ def write_groups(
     return report
 
 
-def groups_of(
-    texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor
-) -> tuple[bytes, list[Counter]]:
-    """The groups of one item of `chunks`, as an Arrow stream, and the counts of each source."""
+def groups_of(texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor) -> tuple[bytes, list]:
+    """The groups of one item of `chunks`, as an Arrow stream, and each source's counts (see `tokenise`)."""
     counts = [Counter() for _ in texts.report]
     groups = [group for group, _ in tokenise(read_prompts(texts, sizes, rows), tokenizer, counts, keep=keep, **rules)]
     stream = pyarrow.BufferOutputStream()

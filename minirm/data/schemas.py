@@ -1,8 +1,8 @@
 """Schemas of published preference data: which column means what.
 
 A schema is recognised by the columns of the first row, and every row becomes an Example. To add one, write a function
-of a few lines, row -> Example, and add it to SCHEMAS. Its InputErrors are shown with file and line. Columns that no
-schema knows are named on the command line: --columns prompt=question chosen=response_j rejected=response_k.
+of a few lines, row -> Example, and add it to SCHEMAS. Its InputErrors get file and line in front. Columns that no
+schema knows are mapped on the command line: --columns prompt=question chosen=response_j rejected=response_k.
 """
 
 import json
@@ -15,23 +15,10 @@ from minirm.errors import InputError, shown
 
 Messages = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], tool calls as chat templates expect them
 # Names that --columns accepts, and common names of the prompt, so that a prompt under another name is not lost.
-NAMES = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "margin",
-    "subset",
-    "completions",
-    "scores",
-    "rank",
-    "response",
-    "score",
-    "system",
-)
-PROMPTS = (
-    "question", "instruction", "query", "context", "history", "post", "problem", "user_prompt", "task", "input", "messages",
-    "conversation", "conversations",
-)  # fmt: skip
+NAMES = ("prompt", "chosen", "rejected", "margin", "subset", "completions", "scores", "rank", "response", "score",
+         "system")  # fmt: skip
+PROMPTS = ("question", "instruction", "query", "context", "history", "post", "problem", "user_prompt", "task", "input",
+           "messages", "conversation", "conversations")  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -45,24 +32,23 @@ class Example(NamedTuple):
     separator: str | None = None  # between prompt and completion; None: --separator
     subset: str = ""
     id: str = ""  # row id, if a benchmark needs it
-    odd: str = ""  # why its comparisons are not worth training on, say because the sides answer different questions
+    odd: str = ""  # why its comparisons are not worth training on, such as ODD_PROMPTS
 
 
 class Schema(NamedTuple):
     name: str
     columns: str  # required columns; | separates alternative names
     read: Callable[[dict], Example]
-    optional: str = "prompt"  # columns used if present, besides subset
-    prompt: str = ""  # one or two columns read as the prompt if it has another name
+    optional: str = "prompt"  # columns that are used if present, besides subset and system
+    prompt: str = ""  # one or two columns that hold the prompt if it has another name
 
 
 def column(text: str) -> str:
-    """Return one word of --columns, such as prompt=question, unchanged. Raises InputError for anything else."""
+    """Check one word of --columns, such as prompt=question, and return it. Raises InputError if it is invalid."""
     name, _, path = text.partition("=")
     if name not in NAMES or not path:
-        raise InputError(
-            f"--columns {text}: expected NAME=COLUMN with one of {', '.join(NAMES)}, as in prompt=question"
-        )
+        expected = f"NAME=COLUMN, where NAME is one of {', '.join(NAMES)}, as in prompt=question"
+        raise InputError(f"--columns {text}: expected {expected}")
     return text
 
 
@@ -72,23 +58,25 @@ def renames(words: list[str]) -> dict[str, str]:
 
 
 def rename(row: dict, columns: dict[str, str]) -> dict:
-    """Rename a row's columns to minirm's names: {"prompt": "question.full_text"}; a dot accesses a nested field."""
+    """Rename columns of a row. columns: {minirm's name: the row's}; a dot accesses a nested field, "info.post"."""
     renamed = {}
     for name, path in columns.items():
         value: Any = row
         for key in [path] if path in row else path.split("."):
             if not isinstance(value, dict) or key not in value:
-                raise InputError(
-                    f"--columns {name}={path}: no column '{path}'; found {', '.join(map(str, row)) or 'none'}"
-                )
+                raise InputError(f"--columns {name}={path}: no column '{path}'; found {_columns(row)}")
             value = value[key]
         renamed[name] = value
     used = {path.partition(".")[0] for path in columns.values()}
     return {key: value for key, value in row.items() if key not in used} | renamed
 
 
+def _columns(row: dict) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
 def recognise(row: dict) -> Schema:
-    """A file's schema by its first row, with the column names used there. Raises InputError if none or several fit."""
+    """A file's schema by its first row, with the columns used there. Raises InputError if none or several match."""
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
     names = [{_name(row, *c.split("|")) for c in s.columns.split()} for s in fits]
     # Prefer a schema that requires all of another's columns and more.
@@ -96,21 +84,19 @@ def recognise(row: dict) -> Schema:
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"
         raise InputError(
-            f"no column '{missing}'; expected prompt (optional), chosen, rejected, the columns of another schema that README "
-            "names, or other names given with --columns prompt=NAME chosen=NAME rejected=NAME; found "
-            f"{', '.join(map(str, row)) or 'none'}"
+            f"no column '{missing}'; expected chosen, rejected and optionally prompt, or another format in README.md; "
+            f"found {_columns(row)}; map other names with --columns prompt=NAME chosen=NAME rejected=NAME"
         )
     if len(fits) > 1:
-        both = " as well as ".join(f"{s.name} ({', '.join(s.columns.split()).replace('|', ' or ')})" for s in fits)
-        raise InputError(f"the columns fit {both}; leave out those of one of them")
+        both = " and ".join(f"{s.name} ({', '.join(s.columns.split()).replace('|', ' or ')})" for s in fits)
+        raise InputError(f"the columns match several schemas: {both}; remove the columns of all but one")
     (schema,) = fits
-    return schema._replace(
-        columns=" ".join(_name(row, *c.split("|")) for c in schema.columns.split()), prompt=_prompt_column(schema, row)
-    )
+    columns = " ".join(_name(row, *c.split("|")) for c in schema.columns.split())
+    return schema._replace(columns=columns, prompt=_prompt_column(schema, row))
 
 
 def _prompt_column(schema: Schema, row: dict) -> str:
-    """The columns with the prompt under another name, or "". Raises InputError if several could be the prompt."""
+    """The columns that hold the prompt under another name, or "". Raises InputError if several could be the prompt."""
     if "prompt" not in schema.optional.split() or row.get("prompt"):
         return ""
     sides = [row.get(side) for side in schema.columns.split() if side != "prompt"]
@@ -118,41 +104,31 @@ def _prompt_column(schema: Schema, row: dict) -> str:
         return ""  # conversations contain their prompt
     if schema.read is chosen_rejected and _is_transcript(row):
         return ""
-    found = [
-        name
-        for name in row
-        if str(name).lower() in ("prompt", *PROMPTS) and isinstance(row[name], (str, list)) and row[name]
-    ]
+    known = {"prompt", *PROMPTS}
+    found = [name for name, of in row.items() if str(name).lower() in known and isinstance(of, (str, list)) and of]
     if sorted(found) == ["input", "instruction"] or (found == ["instruction"] and "input" in row):
         return "instruction input"
     if len(found) > 1:
-        raise InputError(
-            f"no prompt, but {', '.join(found)}: which one is it? Type --columns prompt={found[0]} "
-            + " ".join(f"{side}={side}" for side in ("chosen", "rejected") if side in row)
-        )
+        sides = "".join(f" {side}={side}" for side in ("chosen", "rejected") if side in row)
+        advice = f"choose one, as in --columns prompt={found[0]}{sides}"
+        raise InputError(f"no column 'prompt', and several could be the prompt: {', '.join(found)}; {advice}")
     return "".join(found)
 
 
 def to_example(schema: Schema, row: dict) -> Example:
     """Convert a row. Raises InputError for a column that is missing or has invalid content."""
     if gone := [column for column in schema.columns.split() if column not in row]:
-        raise InputError(f"no column '{gone[0]}', which the first row has; found {', '.join(map(str, row)) or 'none'}")
+        raise InputError(f"no column '{gone[0]}', which the first row has; found {_columns(row)}")
+    advice = "put all prompts into one column and name it with --columns prompt=NAME"
     if schema.prompt:
-        parts = [row.get(name) for name in schema.prompt.split()]
         if row.get("prompt"):
-            raise InputError(
-                f"a prompt in 'prompt' as well as in '{schema.prompt.split()[0]}', which the first row has; type --columns "
-                "prompt=NAME for the column that has it in every row"
-            )
-        texts = [part for part in parts if part]
-        row = row | {
-            "prompt": texts[0] if len(texts) == 1 else "\n".join(_string(text, schema.prompt) for text in texts)
-        }
+            theirs = schema.prompt.split()[0]
+            raise InputError(f"a prompt in 'prompt', but the first row has its prompt in '{theirs}'; {advice}")
+        texts = [row[name] for name in schema.prompt.split() if row.get(name)]
+        prompt = texts[0] if len(texts) == 1 else "\n".join(_string(text, schema.prompt) for text in texts)
+        row = row | {"prompt": prompt}
     elif other := _prompt_column(schema, row):
-        raise InputError(
-            f"no prompt but {' and '.join(map(repr, other.split()))}, unlike the first row; put the prompt of every row into "
-            "one column, or type --columns prompt=NAME for the column that has it in every row"
-        )
+        raise InputError(f"a prompt in '{other.split()[0]}' but none in 'prompt', unlike the first row; {advice}")
     example = _with_system(schema.read(row), row.get("system"))
     return example if row.get("subset") is None else example._replace(subset=_string(str(row["subset"]), "subset"))
 
@@ -168,19 +144,17 @@ def _with_system(example: Example, system: Any) -> Example:
     if any(message["role"] == "system" for message in prompt):
         if prompt[0]["content"].strip() == _string(system, "system").strip():
             return example
-        raise InputError("'system' is another text than the system message in the conversation; leave one of them out")
+        raise InputError("'system' differs from the system message in the conversation; remove one of them")
     return example._replace(prompt=[{"role": "system", "content": _string(system, "system")}, *prompt])
 
 
 def describe(schema: Schema, row: dict) -> str:
-    """The line printed at start: the schema, and the kind of its texts if the columns do not determine it."""
+    """The schema's name for the report, with the kind of its texts if the columns do not determine it."""
     if schema.read is chosen_rejected:
         if isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], str):
             return "answers in lists"
-        kind = (
-            "transcripts" if _is_transcript(row) else "texts" if isinstance(_text(row, "chosen"), str) else "messages"
-        )
-        return f"{kind} in chosen and rejected"
+        kind = "texts" if isinstance(_text(row, "chosen"), str) else "messages"
+        return f"{'transcripts' if _is_transcript(row) else kind} in chosen and rejected"
     return f"{schema.name} by {schema.columns.split()[-1]}" if schema.read is safe_rlhf else schema.name
 
 
@@ -195,9 +169,7 @@ def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One function per schema
 def chosen_rejected(row: dict) -> Example:
-    if all(
-        isinstance(row[side], list) and row[side] and isinstance(row[side][0], str) for side in ("chosen", "rejected")
-    ):
+    if all(isinstance(of, list) and of and isinstance(of[0], str) for of in (row["chosen"], row["rejected"])):
         return answer_lists(row)
     prompt, chosen, rejected = _text(row, "prompt", optional=True), _text(row, "chosen"), _text(row, "rejected")
     margin = _number(row, "margin", low=0, optional=True)
@@ -217,7 +189,7 @@ def chosen_rejected(row: dict) -> Example:
 
 
 def summarize_from_feedback(row: dict) -> Example:
-    """Formats texts as in openai_summarize_comparisons, with answers after "TL;DR:", so that one model serves both."""
+    """Format texts as in openai_summarize_comparisons, with answers after "TL;DR:", so that one model fits both."""
     info, summaries = row["info"], row["summaries"]
     if not (isinstance(info, dict) and isinstance(summaries, list) and [type(s) for s in summaries] == [dict, dict]):
         raise InputError("expected an object in 'info' and two objects with a 'text' in 'summaries'")
@@ -273,7 +245,7 @@ def answer_lists(row: dict) -> Example:
     """RewardBench 2, RM-Bench: every answer in `chosen` is better than every answer in `rejected`."""
     sides = {side: row[side] if isinstance(row[side], list) else [row[side]] for side in ("chosen", "rejected")}
     if empty := [side for side, texts in sides.items() if not texts]:
-        raise InputError(f"'{empty[0]}' must hold at least one answer, got an empty list; leave the row out")
+        raise InputError(f"'{empty[0]}' must contain at least one answer, got an empty list; remove the row")
     texts = [_string(text, side) for side, of_side in sides.items() for text in of_side]
     good = len(sides["chosen"])
     pairs = [(c, r, 0.0) for c in range(good) for r in range(good, len(texts))]
@@ -306,7 +278,7 @@ def share_gpt(row: dict) -> Example:
         value = row[column] if isinstance(row[column], list) else [row[column]]
         for turn in value:
             if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-                raise InputError(f"'{column}' must hold turns with from and value, got {shown(turn)}")
+                raise InputError(f"'{column}' must contain turns with from and value, got {shown(turn)}")
         said = [{"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
         return _text({column: said}, column)
 
@@ -373,27 +345,25 @@ def preferred(row: dict) -> Example:
     if value in ("tie", "equal", "same"):
         return _comparison(_text(row, "prompt", optional=True), answers, 0.0)
     if value not in ("a", "b"):
-        raise InputError(
-            f"'preference' must be a, b or tie, got {shown(row['preference'])}; numbers could mean either side"
-        )
+        raise InputError(f"'preference' must be a, b or tie, got {shown(row['preference'])}; numbers are ambiguous")
     return _comparison(_text(row, "prompt", optional=True), answers, better=int(value == "b"))
 
 
 def stepwise(row: dict) -> Example:
     raise InputError(
-        "prompt, completions and labels are the steps of one answer, each right or wrong (stepwise supervision), not answers "
-        "to compare; minirm trains on comparisons"
+        "prompt, completions and labels are stepwise supervision, where each completion is a right or wrong step of one "
+        "answer; expected answers to compare"
     )
 
 
 def point_wise(row: dict) -> Example:
-    """One answer and its score; read_examples ranks the rows of a prompt (see `by_score`)."""
+    """One answer and its score. read_examples ranks the rows of each prompt (see `by_score`)."""
     column = next(name for name in ("score", "label", "rating") if name in row)
     value = row[column]
     score = float(value) if isinstance(value, bool) else _number(row, column)
     prompt = _text(row, "prompt")
     if not prompt:
-        raise InputError("'prompt' is empty; rows with a score are ranked with the other rows of their prompt")
+        raise InputError("'prompt' is empty; expected one, because scored answers are compared within their prompt")
     answer = _text(row, "completion" if "completion" in row else "response")
     return Example(prompt, [answer], [(0, 0, score)])
 
@@ -415,7 +385,7 @@ def ranked(row: dict) -> Example:
         raise InputError(f"'completions' must be a list of answers, got {shown(texts)}")
     values = _list(row, column) if column else range(len(texts))
     if column and (not isinstance(values, list) or len(values) != len(texts)):
-        raise InputError(f"'{column}' must be a list of {len(texts)} numbers, one a completion, got {shown(values)}")
+        raise InputError(f"'{column}' must be a list of {len(texts)} numbers, one per completion, got {shown(values)}")
     if column:
         values = [(1 if column == "rank" else -1) * _number({column: value}, column) for value in values]
     pairs = [(i, j, 0.0) for i, a in enumerate(values) for j, b in enumerate(values) if a < b]
@@ -452,11 +422,11 @@ SCHEMAS = [
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared helpers
 TURN = "\n\nAssistant:"
-ODD_END, ODD_PROMPTS = "a side ends with the user's turn", "the sides answer different prompts"
+ODD_END, ODD_PROMPTS = "an answer ends with a user turn", "the answers have different prompts"
 
 
 def _is_transcript(row: dict) -> bool:
-    prompt = row.get("prompt") or ""  # some files repeat the question here
+    prompt = row.get("prompt") or ""  # in some files it repeats the question
     return isinstance(prompt, str) and all(
         isinstance(side, str) and side.lstrip().startswith("Human:") and TURN in side and prompt.strip() in side
         for side in (row["chosen"], row["rejected"])
@@ -475,7 +445,7 @@ def _conversation(example: Example) -> Example:
     if isinstance(prompt, str) and {*map(type, sides)} == {str}:
         return example
     sides = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
-    most = min(map(len, sides)) - 1  # leave something to score
+    most = min(map(len, sides)) - 1  # at least one message must remain to be scored
     lead = next((i for i in range(most) if any(side[i] != sides[0][i] for side in sides)), most)
     shared = sides[0][:lead]
     if isinstance(prompt, str):
@@ -485,15 +455,12 @@ def _conversation(example: Example) -> Example:
     if all(later[i : i + len(turns)] != turns for i in range(len(later) + 1)):
         again = max(k for k in range(len(turns) + 1) if turns[len(turns) - k :] == later[:k])
         if not again and prompt[-1]["role"] == sides[0][0]["role"] == "user":
-            raise InputError("'prompt' is another question than the one the messages begin with; leave one of them out")
+            raise InputError("'prompt' differs from the question that the messages begin with; remove one of them")
         shared = prompt + shared[again:]
     rest = [side[lead:] for side in sides]
     asked = [[m for m in side if m["role"] in ("user", "system")] for side in rest]
-    odd = ""
-    if any(side[-1]["role"] == "user" for side in rest):
-        odd = ODD_END
-    elif any(other != asked[0] for other in asked):
-        odd = ODD_PROMPTS
+    odd = ODD_PROMPTS if any(other != asked[0] for other in asked) else ""
+    odd = ODD_END if any(side[-1]["role"] == "user" for side in rest) else odd
     return example._replace(prompt=shared, completions=rest, odd=odd)
 
 
@@ -510,9 +477,7 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value):
         text, value = value, _list(row, column)
         if value is text:
-            raise InputError(
-                f"'{column}' looks like messages, but is not JSON; write them with json.dumps, got {shown(text)}"
-            )
+            raise InputError(f"'{column}' must be messages as JSON, got {shown(text)}; write them with json.dumps")
     if not isinstance(value, list):
         return _string(value, column)
     if not value or not all(isinstance(message, dict) for message in value):
@@ -521,7 +486,7 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
 
 
 def _message(message: dict, column: str) -> dict[str, Any]:
-    """Role, content and tool-use fields for the chat template. Fields that Parquet fills with null are dropped."""
+    """Role, content and tool-use fields for the chat template, without fields that Parquet filled with null."""
     more = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key) is not None}
     role = _string(message.get("role"), f"{column}: role")
     if message.get("content") is None and more.get("tool_calls"):
@@ -534,13 +499,13 @@ def _string(value: Any, column: str) -> str:
         raise InputError(f"'{column}' must be a string, got {shown(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which tokenizers reject
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can contain and tokenizers reject
         raise InputError(f"'{column}' is not valid Unicode ({error})") from None
     return value
 
 
 def _content(value: Any, column: str) -> str:
-    """A message's content: a string, or a list of parts of type text, which are joined."""
+    """A message's content: a string, or the joined parts of a list if all of them have type text."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         return "".join(_string(part.get("text"), column) for part in value)
     return _string(value, column)
@@ -572,12 +537,12 @@ def _list(row: dict, column: str) -> Any:
         try:
             return json.loads(value)
         except ValueError:
-            pass  # a text that begins with a bracket
+            pass  # just a text that begins with a bracket
     return value
 
 
 def _turns(questions: list, answers: Any) -> Messages:
     if not isinstance(answers, list) or len(answers) != len(questions):
-        raise InputError(f"{len(questions)} questions in 'prompt' need as many answers, got {shown(answers)}")
+        raise InputError(f"'prompt' has {len(questions)} questions; expected as many answers, got {shown(answers)}")
     roles = ("user", "assistant")
     return [{"role": r, "content": text or ""} for turn in zip(questions, answers) for r, text in zip(roles, turn)]

@@ -1,4 +1,4 @@
-"""Read rows from files and datasets, each with its location, which error messages name.
+"""Read rows from files and datasets, each with its location for error messages.
 
 A source is an argument of --train_data: a file, a glob, a folder, a URL, or a dataset name. A colon may add a split
 (`name:test`) or a configuration and a split (`name:config:split`). A suffix selects part of it: `@1000` the first 1,000
@@ -28,7 +28,7 @@ from minirm.files import file_digest
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zX": ".xz", b"(\xb5/\xfd": ".zst", b"PAR1": ".parquet"}
-A_FILE = f"a {', '.join(FILE_TYPES)} file"
+A_FILE = f"a {', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]} file"
 SPLITS = "train|test|validation|valid|val|dev|eval"
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # errors of a damaged compressed file
 
@@ -54,10 +54,10 @@ def parse(source: str) -> Source:
             rows = int(number)
         if rows == 0 or not 0 < share <= 1:
             raise InputError(
-                f"{source}: @{number} must be a number of rows, @1000, or a share of them, @0.5, of at most @1.0"
+                f"{source}: @{number} must be a number of rows, as in @1000, or a share up to 1, as in @0.5"
             )
     parts: list[str] = []
-    # A colon may also belong to a file name or a URL.
+    # A colon may also be part of a file name or a URL.
     while not Path(place).exists() and len(parts) < 2 and re.search(r":(?!//)[^:/\\]*$", place):
         place, _, part = place.rpartition(":")
         parts.insert(0, part)
@@ -78,7 +78,7 @@ def files_of(source: Source) -> list[str] | None:
     if re.search(r"[*?[]", place.partition("?")[0] if "://" in place else place) and not Path(place).exists():
         fs, pattern = fsspec.core.url_to_fs(place)
         found = [
-            fs.unstrip_protocol(file).removeprefix("file://") for file in sorted(fs.glob(pattern)) if kind_of(file)
+            fs.unstrip_protocol(path).removeprefix("file://") for path in sorted(fs.glob(pattern)) if kind_of(path)
         ]
     elif local and Path(place).is_dir() and not kind_of(place):
         folder = Path(place)
@@ -86,19 +86,18 @@ def files_of(source: Source) -> list[str] | None:
             return None
         if len(source.parts) == 2 and (folder / source.parts[0]).is_dir():  # a data folder such as harmless-base
             folder = folder / source.parts[0]
-        found = _files_in(folder)
-        found = of_split(source, found, folder)
+        found = of_split(source, _files_in(folder), folder)
     elif kind_of(place):
         return [place]
     else:
         return None
     if not found:
-        raise InputError(f"{source.typed}: no {', '.join(FILE_TYPES)} file there, compressed or not")
+        raise InputError(f"{source.typed}: found no {A_FILE[2:]}, compressed or not")
     return found
 
 
 def left_out(source: str) -> list[str]:
-    """A folder's data files that are not read: they belong to another split, or name none while others do."""
+    """A folder's data files that are skipped: they belong to another split, or to none while other files name one."""
     parsed = parse(source)
     if "://" in parsed.place or not Path(parsed.place).is_dir():
         return []
@@ -116,32 +115,26 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
-    """The files whose names match the requested split, or train; all files if no name contains a split."""
-    names = {
-        file: re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", Path(file).relative_to(folder).as_posix())
-        for file in files
-    }
-    splits = {match[1] for match in names.values() if match}
-    wanted = source.parts[-1] if source.parts else "train"
+    """The files whose names contain the requested split, or else train; all files if no name contains a split."""
+    found = {}
+    for file in files:
+        name = Path(file).relative_to(folder).as_posix()
+        if match := re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", name):
+            found[file] = match[1]
+    wanted, splits = source.parts[-1] if source.parts else "train", {*found.values()}
     if not splits and not source.parts:
         return files
     if wanted not in splits:
-        raise InputError(
-            f"{source.typed}: no split {wanted} there, by the names of the files; "
-            + (
-                f"there are {', '.join(sorted(splits))}: type {source.place}:{min(splits)}"
-                if splits
-                else "leave the split away"
-            )
-        )
-    return [file for file, match in names.items() if match and match[1] == wanted]
+        advice = f"found {', '.join(sorted(splits))}; use {source.place}:{min(splits)}" if splits else "drop the split"
+        raise InputError(f"{source.typed}: no file name contains the split {wanted}; {advice}")
+    return [file for file, split in found.items() if split == wanted]
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every row that is used; `where` is "file:line", for error messages. Raises InputError.
 
-    JSON and CSV are read line by line here, not by `datasets`, which infers one type per column and so cannot name the
-    line of a wrong value, turns the CSV answer "NA" into None, and fails on columns that are not needed.
+    JSON and CSV are read line by line here, because `datasets` infers one type per column: it cannot name the line of a
+    wrong value, turns the CSV answer "NA" into None, and fails on columns that are not needed.
     """
     parsed = parse(source)
     for number, (where, row) in enumerate(_all_rows(parsed)):
@@ -181,7 +174,7 @@ def _numbered(name: str, rows) -> Iterator[tuple[str, Any]]:
 def _open(file: str, **text):
     """Open a file or URL, decompressed: as binary, or as text with encoding=... . Raises InputError if that fails."""
     if Path(file.partition("?")[0]).suffix == ".zst" and "zstd" not in fsspec.available_compressions():
-        raise InputError(f"{file}: zstandard is not installed; pip install zstandard")
+        raise InputError(f"{file}: zstandard is not installed; run: pip install zstandard")
     try:
         return fsspec.open(file, "rt" if text else "rb", compression="infer", **text).open()
     except ImportError as error:  # s3fs or similar
@@ -193,7 +186,7 @@ def _open(file: str, **text):
 def _read_parquet(file: str) -> Iterator[dict]:
     with _open(file) as opened:
         compressed = Path(file).suffix in COMPRESSED
-        with refusing(f"{file}: cannot be read", advice="; is the file whole?"):
+        with refusing(f"{file}: cannot be read", advice="; is the file complete?"):
             table = pyarrow.parquet.ParquetFile(io.BytesIO(opened.read()) if compressed else opened)
         for batch in table.iter_batches(batch_size=512):
             yield from batch.to_pylist()
@@ -208,12 +201,12 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
         with _open(file) as raw:
             start = raw.read(4)
             if suffix := next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None):
-                raise InputError(f"{file}: its bytes are those of a {suffix} file; name it {file}{suffix}") from None
+                raise InputError(f"{file}: this is a {suffix} file; rename it to {file}{suffix}") from None
             raw.seek(0)
             line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
         raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except DAMAGED as error:
-        raise InputError(f"{file}: cannot be read ({one_line(error)}); is the file whole?") from None
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); is the file complete?") from None
 
 
 def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
@@ -222,19 +215,18 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(opened, strict=True, delimiter="\t" if tabs else ",")
     try:
         if twice := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
-            raise InputError(f"{file}:1: the column {shown(twice[0])} stands there twice; which one counts?")
+            raise InputError(f"{file}:1: two columns have the name {shown(twice[0])}; rename one of them")
         other = re.search(r"[;|\t]", (reader.fieldnames or [""])[0])
         if other and len(reader.fieldnames) == 1:
             raise InputError(
-                f"{file}:1: one column, {shown(reader.fieldnames[0])}; columns are separated by commas in .csv and by tabs in "
-                f".tsv, not by {json.dumps(other[0])}"
+                f"{file}:1: only one column, {shown(reader.fieldnames[0])}; separate columns by commas in .csv and by "
+                f"tabs in .tsv, not by {json.dumps(other[0])}"
             )
         for row in reader:
             if None in row:  # an unquoted comma would silently truncate the text
-                raise InputError(
-                    f"{file}:{reader.line_num}: {len(row) - 1 + len(row[None])} fields under "
-                    f"{len(reader.fieldnames)} column names; put texts with {'tabs' if tabs else 'commas'} in double quotes"
-                )
+                fields = f"{len(row) - 1 + len(row[None])} fields for {len(reader.fieldnames)} columns"
+                advice = f"put texts that contain {'tabs' if tabs else 'commas'} in double quotes"
+                raise InputError(f"{file}:{reader.line_num}: {fields}; {advice}")
             yield f"{file}:{reader.line_num}", row
     except csv.Error as error:  # the row begins on the line after the last good row
         raise InputError(
@@ -248,7 +240,7 @@ def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
         head.append(line)
     first = head[-1].lstrip() if head else ""
     one_a_line = not first.startswith("[")
-    if first.startswith("{"):  # JSON lines, common in .json files, or one multi-line object with all splits
+    if first.startswith("{"):  # either JSON lines, common in .json files, or one multi-line object with all splits
         try:
             json.loads(first)
         except (ValueError, RecursionError):
@@ -269,15 +261,13 @@ def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
 
 def _no_splits(source: Source, file: str) -> None:
     if source.parts and kind_of(source.place):  # for a folder, the parts select files
-        raise InputError(f"{source.typed}: the file has no splits; type {file}")
+        raise InputError(f"{source.typed}: the file has no splits; use {file}")
 
 
 def _split_of(whole: dict, file: str, source: Source) -> list:
     """The rows of {"data": [...]}, or of one split of {"train": [...], "test": [...]}; any other object is one row."""
-    lists = {
-        name: rows for name, rows in whole.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
-    }
-    if len(lists) < len(whole):  # messages and answers are lists of objects, too
+    lists = {name: of for name, of in whole.items() if isinstance(of, list) and of and isinstance(of[0], dict)}
+    if len(lists) < len(whole):  # one row's messages and answers are lists of objects too
         known = re.compile(rf"(data|rows|examples|{SPLITS})([-_].*)?")
         lists = {name: rows for name, rows in lists.items() if known.fullmatch(name) or name in source.parts}
     if {"chosen", "rejected"} & whole.keys() or not lists:
@@ -285,7 +275,7 @@ def _split_of(whole: dict, file: str, source: Source) -> list:
         return [whole]
     wanted = source.parts[-1] if source.parts else "train" if "train" in lists and len(lists) > 1 else min(lists)
     if wanted not in lists or (not source.parts and len(lists) > 1 and wanted != "train"):
-        raise InputError(f"{file}: holds {', '.join(sorted(lists))}; type which one is meant, {file}:{min(lists)}")
+        raise InputError(f"{file}: contains {', '.join(sorted(lists))}; choose one, as in {file}:{min(lists)}")
     return lists[wanted]
 
 
@@ -297,7 +287,7 @@ def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, A
         try:
             row = decode(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}:{number}: not JSON ({one_line(error)}); expected one object a line") from None
+            raise InputError(f"{file}:{number}: not JSON ({one_line(error)}); expected one object per line") from None
         if number == 1 and kind_of(file) == ".json" and isinstance(row, dict):
             rows = _split_of(row, file, source)
             if rows != [row]:
@@ -307,27 +297,27 @@ def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, A
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. By default the parser silently keeps the last of two equal keys."""
+    """A JSON object without duplicate keys. By default, the parser silently keeps the last one."""
     if len(row := dict(pairs)) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{shown(twice)} stands twice in one object")
+        raise ValueError(f"duplicate key {shown(twice)} in one object")
     return row
 
 
 def _load(source: Source) -> datasets.Dataset:
     """Load a dataset by name, name:split or name:config:split, or a folder written by `save_to_disk`."""
     config, split = ([None, "train"] if not source.parts else [None, *source.parts])[-2:]
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its messages come with the exception
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exception repeats its messages
     if Path(source.place).is_dir():
-        with refusing(f"{source.typed}: a folder of save_to_disk that cannot be loaded"):
+        with refusing(f"{source.typed}: a folder written by save_to_disk, but it cannot be loaded"):
             loaded = datasets.load_from_disk(source.place)
         if isinstance(loaded, datasets.Dataset):
             if source.parts:
-                raise InputError(f"{source.typed}: the folder holds one dataset without splits; type {source.place}")
+                raise InputError(f"{source.typed}: the folder contains one dataset without splits; use {source.place}")
             return loaded
         if split not in loaded:
             raise InputError(
-                f"{source.typed}: no split {split}, there are {', '.join(loaded)}; type {source.place}:{min(loaded)}"
+                f"{source.typed}: no split {split}; found {', '.join(loaded)}; use {source.place}:{min(loaded)}"
             )
         return loaded[split]
     with refusing(f"{source.typed}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors
@@ -350,13 +340,12 @@ def fingerprint(source: str) -> str:
         try:
             if "://" in file:
                 fs, path = fsspec.core.url_to_fs(file)
-                prints.append(f"{fs.ukey(path)}")
+                prints.append(str(fs.ukey(path)))
             else:
                 prints.append(file_digest(Path(file)))
         except ImportError as error:
             raise InputError(f"{file}: {one_line(error)}") from None
         except Exception as error:  # noqa: BLE001 - each file system has its own errors
-            raise InputError(
-                f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}"
-            ) from None
-    return prints[0] if len(prints) == 1 else " ".join(prints)
+            why = getattr(error, "strerror", None) or one_line(error)
+            raise InputError(f"{file}: {why}; expected {A_FILE}") from None
+    return " ".join(prints)

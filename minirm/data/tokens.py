@@ -1,4 +1,4 @@
-"""Turn texts into groups of token ids: encode, fit to --max_length, group by prompt."""
+"""Turn texts into groups of token ids: encode, truncate to --max_length, group by prompt."""
 
 import json
 from collections import Counter
@@ -12,9 +12,9 @@ from minirm.errors import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
-    """Token ids: the tokenizer's BOS once, even if the text already contains it, and at the end one EOS, or the token
-    that ends a turn in the chat template."""
-    if backend := getattr(tokenizer, "backend_tokenizer", None):  # like a call, but without offsets and masks
+    """Token ids of texts. They begin with the tokenizer's BOS once, even if a text already contains it, and end with
+    one EOS, or with the chat template's end-of-turn token."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # the same as a call, but without offsets and masks
         backend.no_truncation(), backend.no_padding()
         backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
         rows = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=not chat)]
@@ -35,9 +35,9 @@ def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) ->
 
 def common_prefix(rows: Sequence[list[int]]) -> int:
     """Number of leading ids that all rows share."""
-    low, high = min(rows), max(rows)  # all other rows lie between these two in lexicographic order
+    low, high = min(rows), max(rows)  # in lexicographic order, all other rows lie between these two
     same, end = 0, min(len(low), len(high))
-    while same < end:  # binary search, because comparing slices is faster than comparing single ids
+    while same < end:  # binary search, because comparing slices is faster than comparing ids one by one
         middle = (same + end + 1) // 2
         same, end = (middle, end) if low[same:middle] == high[same:middle] else (same, middle - 1)
     return same
@@ -49,13 +49,13 @@ def tokenise(
     """Turn prompts, each a list of its examples as TEXTS, into groups (see prepare.py).
 
     Yields a group, and for each of its examples the places of its completions: {index into texts: index into
-    completions}. `counts`, one per source, get the numbers kept, cut, and dropped by reason. `keep`: see `read_texts`;
-    "all" leaves the chat template's output unchanged.
+    completions}. `counts`, one per source, receive the numbers kept, truncated, and dropped by reason. `keep`: see
+    `read_texts`; "all" leaves the chat template's output unchanged.
 
-    An over-long example is truncated at the left of its prompt (never BOS, the answers or EOS), as far as its longest
-    answer needs, so that all answers still follow the same text. The prompt's other examples stay untruncated and form
-    another group. An answer that alone is too long is dropped with its comparisons, or, unless `keep` is "worth",
-    truncated before its EOS.
+    An over-long example loses the beginning of its prompt (never BOS, the answers or EOS), as much as its longest
+    answer requires, so that all its answers still follow the same text. The prompt's other examples stay untruncated
+    and form another group. An answer that is too long by itself is dropped with its comparisons, or, unless `keep` is
+    "worth", truncated before its EOS.
     """
     too_long = "dropped: " + ("answer alone " if overlong == "truncate" else "") + "longer than --max_length"
     ids_of = {}
@@ -77,8 +77,8 @@ def tokenise(
                     own["dropped: same tokens"] += 1
                 else:
                     pairs.append((chosen, rejected, margin))
-                    own["kept, prompt cut"] += cut > 0
-                    own["kept, answer cut"] += chosen in shortened or rejected in shortened
+                    own["kept, prompt truncated"] += cut > 0
+                    own["kept, answer truncated"] += chosen in shortened or rejected in shortened
             if pairs or keep == "all":
                 by_cut.setdefault(cut, []).append((example, ids, pairs))
         counts[examples[0]["source"]]["prompts"] += bool(by_cut)
@@ -89,20 +89,20 @@ def tokenise(
 
 
 def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overlong: str, keep: str) -> tuple:
-    """(tokens cut from the prompt, {k: ids} of the texts that then fit, those of them whose answer is cut as well)."""
+    """(tokens cut from the prompt, {k: ids} of the texts that then fit, the k whose answer is truncated as well)."""
     ids, longest = dict(enumerate(sides)), max(map(len, sides))
     if longest <= max_length:
         return 0, ids, set()
     if overlong == "error":
-        advice = "raise --max_length, or choose --overlong truncate or drop"
-        raise InputError(f"{example['where']}: {longest} tokens, --max_length is {max_length}; {advice}")
+        advice = "raise --max_length, or use --overlong truncate or drop"
+        raise InputError(f"{example['where']}: {longest} tokens exceed --max_length {max_length}; {advice}")
     if overlong == "drop":
         return 0, {k: text for k, text in ids.items() if len(text) <= max_length}, set()
-    # The prompt ends where the ids start to differ from those of the prompt alone.
+    # The prompt ends where the ids first differ from those of the prompt alone.
     chat, prompt = example["chat"], example["prompt"]
     prompt = render(tokenizer, json.loads(prompt), example["where"]) if chat else prompt
     nothing, alone = encode(tokenizer, ["", prompt], chat, eos=False)
-    # Keep what the tokenizer puts before every text, BOS or more (GLM), and a BOS that the prompt contains.
+    # Keep what the tokenizer puts before every text (BOS, for GLM more), and a BOS that the prompt itself contains.
     same = common_prefix([alone, *sides])
     start = common_prefix([nothing, alone, *sides]) or int(same > 0 and alone[0] == tokenizer.bos_token_id)
     room = same - start
@@ -115,8 +115,11 @@ def fit(sides: list[list[int]], example: dict, tokenizer, max_length: int, overl
 
 
 def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[dict, list]:
-    """Members (example, {k: ids of its k-th text}, [(chosen, rejected, margin)]) of one prompt -> one row of FEATURES,
-    and the places of each example's texts in it (see `tokenise`). Omits texts without comparisons unless `every`."""
+    """Make one row of FEATURES from the examples of a prompt, without texts that are not compared unless `every`.
+
+    members: (example, {k: ids of its k-th text}, [(chosen, rejected, margin)]). Also returns the places of each
+    example's texts in the row (see `tokenise`).
+    """
     index: dict[tuple, int] = {}
     places, pairs = [], []
     for example, ids, compared in members:
@@ -125,7 +128,7 @@ def to_group(members: list[tuple], counts: list[Counter], every: bool) -> tuple[
         places.append((example, place))
         pairs += [(place[c], place[r], margin, example["subset"], example["source"]) for c, r, margin in compared]
     texts = [list(ids) for ids in index]
-    # A text that equals another or is its prefix (if an answer contains EOS) keeps its last token as completion.
+    # If a text equals another or is its prefix (an answer may contain EOS), its last token remains as its completion.
     shared = min(common_prefix(texts), min(map(len, texts)) - 1)
     separate_tokens = sum(map(len, texts))
     shared_tokens = separate_tokens - shared * (len(texts) - 1)

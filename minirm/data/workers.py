@@ -1,4 +1,4 @@
-"""Run a function on all cores of this machine, in processes, with results in order."""
+"""Run a function in processes on all cores of this machine, with results in order."""
 
 import ctypes
 import os
@@ -13,14 +13,14 @@ from typing import Any
 from minirm.errors import Stop
 from minirm.signals import SIGNALS
 
-AHEAD = 4  # submitted tasks per process: enough to keep it busy
+AHEAD = 4  # tasks submitted per process: enough to keep it busy
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 _job: tuple[Callable, Sequence[tuple]]  # in a worker process: the function and all its tasks
 
 
 def on_all_cores(function: Callable, tasks: Sequence[tuple], processes: int = 0) -> Iterator[Any]:
-    """Yield function(*task) for each task, in order, from this many processes (0: one per core that this one may use).
+    """Yield function(*task) for each task, in order. processes: how many to use; 0: one per core that this one may use.
 
     The processes are forked and share the memory of function and tasks; only results are sent. A single task runs in
     this process. Raises the exception of the first task that fails, and Stop if a process is killed.
@@ -39,7 +39,8 @@ def on_all_cores(function: Callable, tasks: Sequence[tuple], processes: int = 0)
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise Stop("a process that prepared data was killed, perhaps for want of memory; nothing was kept", 3) from None
+        what = "a process that prepared data was killed, perhaps because memory ran out"
+        raise Stop(f"{what}; free some memory and run the same command again", 3) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -18,7 +18,7 @@ def best_of_n(row: dict) -> float:
 
 
 def reward_bench_2(rows: list[dict]) -> dict[str, float]:
-    """Each subset's score and their mean (Malik et al., arXiv 2506.01937): `best_of_n`, but `ties` for Ties."""
+    """Each subset's score and their mean (Malik et al., arXiv 2506.01937): `best_of_n`, or `ties` for the subset Ties."""
     by_subset = defaultdict(list)
     for row in rows:
         by_subset[row["subset"]].append(row)
@@ -27,18 +27,19 @@ def reward_bench_2(rows: list[dict]) -> dict[str, float]:
 
 
 def ties(rows: list[dict]) -> float:
-    """The Ties subset: pairs of a prompt with many right answers ("tied:N") and one with a single right one ("ref:N").
+    """The score of the Ties subset: pairs of a prompt with many right answers ("tied:N") and one with a single ("ref:N").
 
-    0.3 x accuracy on tied + 0.3 x accuracy on ref + 0.2 x share of the prompts whose margin (least right minus best wrong
-    reward) exceeds the spread of the right ones + 0.2 x the same with the smaller of both prompts' margins + 0.01 x mean of
-    tanh(that margin / spread - 1), where 0 / 0 counts as 0. A prompt is right if its margin is positive.
+    A prompt's margin is its lowest right minus its highest wrong reward; the prompt is right if it is positive. The
+    score is 0.3 x accuracy on tied + 0.3 x accuracy on ref + 0.2 x share of tied prompts whose margin exceeds the
+    spread of their right rewards + 0.2 x the same with the smaller margin of both prompts + 0.01 x mean of
+    tanh(that smaller margin / spread - 1), where 0 / 0 counts as 0.
     """
     margins: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads = {}
     for row in rows:
         kind, _, number = row["id"].partition(":")
         if kind not in margins:
-            raise ValueError(f"a Ties prompt has the id {row['id']!r}; expected ref:N or tied:N")
+            raise ValueError(f"a prompt of Ties has the id {row['id']!r}; expected ref:N or tied:N")
         margins[kind][number] = min(row["correct"]) - max(row["wrong"])
         if kind == "tied":
             spreads[number] = max(row["correct"]) - min(row["correct"])
@@ -61,8 +62,8 @@ def _gap(margin: float, spread: float) -> float:
 def rm_bench(rows: list[dict]) -> dict[str, float]:
     """RM-Bench (Liu et al., arXiv 2410.16184): right and wrong answers in three styles each, from plain to elaborate.
 
-    Accuracy is tabulated by the style of the right (row) and wrong (column) answer. Easy is below the diagonal, where
-    the right answer is more elaborate, normal on it, and hard above it.
+    The matrix holds accuracy by the style of the right (row) and wrong (column) answer. Cells below the diagonal, where
+    the right answer is more elaborate, are easy; those on it are normal, and those above it are hard.
     """
     matrix = [[fmean(row["correct"][i] > row["wrong"][j] for row in rows) for j in range(3)] for i in range(3)]
     cells = {"easy": [(1, 0), (2, 0), (2, 1)], "normal": [(0, 0), (1, 1), (2, 2)], "hard": [(0, 1), (0, 2), (1, 2)]}
@@ -70,8 +71,8 @@ def rm_bench(rows: list[dict]) -> dict[str, float]:
     return scores | {"mean": fmean(scores.values())}
 
 
-# Sections of RewardBench (Lambert et al., arXiv 2403.13787), with the number of prompts that weights each subset; math
-# has the weight of all code subsets together.
+# Sections of RewardBench (Lambert et al., arXiv 2403.13787). A subset is weighted by its number of prompts, except that
+# math-prm weighs as much as all code subsets together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,

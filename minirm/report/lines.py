@@ -1,4 +1,4 @@
-"""Text for people: at the start, what became of the data and one pair as the model sees it; at the end, the quality."""
+"""What a run prints: at the start, how the data was read and one pair as the model sees it; at the end, the quality."""
 
 import os
 import shlex
@@ -19,9 +19,11 @@ from minirm.start import Inputs
 
 # AdamW moves a weight by about the learning rate per step. Runs with a shorter total path than this stayed at chance.
 LEAST_PATH = 1e-3
-# Printed at the start, and in the model card, with --loss trlx.
-PUBLISHED = """--loss trlx, as published, reads both rewards at the place before the longer answer's EOS, for held-out figures as
-well. Whoever loads the model reads them at EOS; python -m minirm.score says how good it is there."""
+# With --loss trlx, printed at the start and added to the model card.
+PUBLISHED = """--loss trlx follows the published code: it reads both rewards just before the longer answer's EOS, in held-out
+figures too. Programs that load the model read the reward at EOS; python -m minirm.score measures the accuracy there."""
+# What the table calls the counts whose names do not explain themselves.
+LABELS = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
 
 
 def print0(line: str) -> None:
@@ -31,7 +33,7 @@ def print0(line: str) -> None:
 
 
 def start_report(args, inputs: Inputs, sample: list[Batch], total_steps: int) -> str:
-    """All flags, the table of comparisons, the trained share, the marked pair, and flags with no or too little effect.
+    """All flags, the table of comparisons, the trained share, the marked pair, and warnings.
 
     sample: some micro-batches of one process, to measure the share of padding.
     """
@@ -39,16 +41,16 @@ def start_report(args, inputs: Inputs, sample: list[Batch], total_steps: int) ->
     padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
     lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
     lines += ["", data_table(data.report, layout), ""]
-    lines += [f"padding in a micro-batch: {padding:.1%} of its places (mean of {len(sample)})"]
+    lines += [f"padding: {padding:.1%} of the tokens in a micro-batch (mean of {len(sample)})"]
     lines += [freeze_line(inputs.model, inputs.frozen), "", marked_pair(data.train[0], inputs.tokenizer), ""]
     margins = (args.loss == "trlx" or args.margin_scale != 1) and any(map(any, data.train["margin"]))
     alone = args.pair_weight == "prompt" and max(data.train["prompt_pairs"]) == 1
     for said, line in (
-        (not_shared, f"every completion gets a row of its own, since shared rows would not be exact: {not_shared}"),
+        (not_shared, f"each completion gets its own row, because shared rows would not be exact: {not_shared}"),
         (args.loss == "trlx", PUBLISHED),
-        (margins and args.loss == "trlx", "warning: --loss trlx is as published: the data's margins have no effect"),
-        (args.margin_scale != 1 and not margins, "warning: no margins in the data: --margin_scale has no effect"),
-        (alone, "warning: one comparison a prompt: --pair_weight has no effect"),
+        (margins and args.loss == "trlx", "warning: --loss trlx ignores the margins in the data"),
+        (args.margin_scale != 1 and not margins, "warning: --margin_scale has no effect: the data has no margins"),
+        (alone, "warning: --pair_weight has no effect: every prompt has one comparison"),
         *rate_warnings(args, total_steps),
     ):
         lines += [line, ""] if said else []
@@ -56,48 +58,44 @@ def start_report(args, inputs: Inputs, sample: list[Batch], total_steps: int) ->
 
 
 def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
-    """(whether to print it, line) for flags with which the weights move too little to learn anything."""
+    """(whether to print it, warning) for flags with which the weights move too little to learn anything."""
     rate, warm_up = args.learning_rate, args.warmup_steps if args.lr_scheduler_type != "constant" else 0
     path = rate * total_steps
-    unreached = f"--warmup_steps {warm_up} of {total_steps} steps: --learning_rate is never reached; choose a tenth of the steps"
+    unreached = (
+        f"warning: --warmup_steps {warm_up} takes all {total_steps} steps, so --learning_rate is never reached; warm up for "
+        "a tenth of the steps"
+    )
     little = (
-        f"{total_steps} steps at --learning_rate {rate:g} move no weight by more than {path:.1g}, and weights are about 0.02; "
-        "raise --learning_rate (1e-4 for a model below 1B), or train longer"
+        f"warning: {total_steps} steps at --learning_rate {rate:g} move a weight by at most {path:.1g}, but weights are "
+        "about 0.02; raise --learning_rate (1e-4 for a model below 1B), or train longer"
     )
     return [
-        (warm_up >= total_steps > 0, f"warning: {unreached}"),
-        (0 < path < LEAST_PATH and args.freeze_ratio < 1, f"warning: {little}"),
+        (warm_up >= total_steps > 0, unreached),
+        (0 < path < LEAST_PATH and args.freeze_ratio < 1, little),
     ]
 
 
 def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
-    """Each source's schema, the fate of its comparisons, its tokens, and the accuracy of length alone."""
+    """Each source's schema, the numbers of its comparisons and tokens, and how often the chosen answer is longer."""
     rows = [("train", row) for row in report["train"]] + [("held out", row) for row in report["eval"]]
     counts = [totals([row]) for _, row in rows]
     total = sum(counts, Counter())
-    keys = ["read", "held out", *sorted(key for key in total if key.startswith("dropped")), "kept", "kept, prompt cut"]
-    keys += [
-        "kept, answer cut",
-        "prompt also in the training data",
-        "special tokens written out in the text",
-        "answers alone at their prompt",
-        "prompts",
-        "separate tokens",
-    ]
+    keys = ["read", "held out", *sorted(key for key in total if key.startswith("dropped"))]
+    keys += ["kept", "kept, prompt truncated", "kept, answer truncated", "prompt also in the training data"]
+    keys += ["special tokens in the text", "prompts with only one answer", "prompts", "separate tokens"]
     keys += ["shared tokens"] if row_layout == "shared" else []
-    clear = {"separate tokens": "tokens, each answer with its prompt", "shared tokens": "tokens, each prompt once"}
     lines = [("comparisons", *(part for part, _ in rows))]
     if len(rows) > 2:
         lines.append(("", *(printable(Path(row["source"]).name)[-24:] for _, row in rows)))
     for key in keys:
         if total[key] or key in ("read", "kept"):
-            lines.append((clear.get(key, key), *(f"{count[key]:,}" for count in counts)))
+            lines.append((LABELS.get(key, key), *(f"{count[key]:,}" for count in counts)))
     if row_layout == "shared":
         saved = ((c["separate tokens"] - c["shared tokens"]) / max(1, c["separate tokens"]) for c in counts)
         lines.append(("saved", *(f"{share:.1%}" for share in saved)))
     for which in ("longer", "shorter"):
         shares = (count[f"{which} answer chosen"] / max(1, count["kept"]) for count in counts)
-        lines.append((f"the {which} answer is the chosen one", *(f"{share:.1%}" for share in shares)))
+        lines.append((f"the chosen answer is {which}", *(f"{share:.1%}" for share in shares)))
     width, wide = max(len(line[0]) for line in lines), max(12, *(len(cell) for line in lines for cell in line[1:]))
     table = [f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell in cells) for name, *cells in lines]
     schemas = [f"{part:<8}  {source_line(row)}" for part, row in rows if "schema" in row]
@@ -105,31 +103,31 @@ def data_table(report: dict[str, list[dict]], row_layout: str) -> str:
 
 
 def source_line(row: dict) -> str:
-    """A source's schema, the columns that were used, and the text columns and files that were not."""
+    """A source's schema, the columns it reads, the text columns it ignores, and the files it skips."""
     line = f"{typed(row['source'])}: {printable(row['schema'])}"
-    for what in ("columns", "not used", "not read"):
-        if names := row.get(what):
-            more = f", ... ({len(names)} files)" if len(names) > 9 else ""
-            line += f"; {what} {', '.join(map(printable, names[:9]))}{more}"
+    for key, what in (("columns", "columns"), ("not used", "ignored columns"), ("not read", "skipped files")):
+        if names := row.get(key):
+            more = f", ... ({len(names)} in all)" if len(names) > 9 else ""
+            line += f"; {what}: {', '.join(map(printable, names[:9]))}{more}"
     return line
 
 
 def freeze_line(model: nn.Module, frozen: Frozen) -> str:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = "no layer" if not frozen.layers else f"layers 0-{len(frozen.layers) - 1} of {frozen.total_layers}"
+    layers = "no layers" if not frozen.layers else f"layers 0-{len(frozen.layers) - 1} of {frozen.total_layers}"
     line = f"frozen: {layers}; trained: {trained:,} of {total:,} parameters ({trained / total:.1%})"
     if bare := without_adapter(model, frozen):
-        line += f"; without adapters, so frozen as well: {', '.join(bare)}"
+        line += f"; also frozen, because they have no adapters: {', '.join(bare)}"
     return line
 
 
 def marked_pair(group: dict, tokenizer) -> str:
-    """The first comparison, decoded from its ids, with scored tokens in [[ ]]; the last one has the end reward."""
+    """The first comparison, decoded from its ids, with scored tokens in [[ ]]. The last one has the end reward."""
     prefix, sides = group["prefix"], {side: group["completions"][group[side][0]] for side in ("chosen", "rejected")}
     same = common_prefix([*sides.values()])
     shown = tokenizer.decode(prefix + sides["chosen"][:same])
-    lines = ["the first pair; what is scored stands in [[ ]], the reward of an answer is read at its last token:"]
+    lines = ["the first pair, with scored tokens in [[ ]]; the reward of an answer is read at its last token:"]
     lines.append(f"  both      {('...' if len(shown) > 300 else '') + shown[-300:]!r}")
     for side, ids in sides.items():
         text = tokenizer.decode(ids[same:])
@@ -153,16 +151,16 @@ def last_words(exported: dict, last: dict, output: Path) -> str:
     line = f"held-out accuracy {exported['eval_accuracy']:.4f} on {exported['eval_pairs']} pairs"
     if exported["step"] < last["step"]:
         line += (
-            f" at step {exported['step']}, where the loss was lowest, {exported['eval_loss']:.4f} (at the last, step "
-            f"{last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
+            f" at step {exported['step']}, which had the lowest loss, {exported['eval_loss']:.4f} (at the last "
+            f"step, {last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
         )
     which, alone = length_alone(exported)
     if exported["eval_accuracy_low"] <= 0.5:
-        line += f", no better than chance (its 95 % interval begins at {exported['eval_accuracy_low']:.3f})"
+        line += f", no better than chance (its 95 % interval starts at {exported['eval_accuracy_low']:.3f})"
     elif exported["eval_accuracy_low"] <= alone:
-        line += f", no better than choosing the {which} answer ({alone:.4f})"
+        line += f", no better than always choosing the {which} answer ({alone:.4f})"
     return (
-        f"{line}; the model is in {printable(output)}, load it with AutoModelForSequenceClassification.from_pretrained"
+        f"{line}; the model is in {printable(output)}: load it with AutoModelForSequenceClassification.from_pretrained"
     )
 
 
@@ -174,21 +172,24 @@ def length_alone(row: dict) -> tuple[str, float]:
 
 
 def final_report(row: dict) -> str:
-    """More of an evaluation's row: whether length explains the accuracy, where in the answer it arises, calibration."""
+    """Details of an evaluation: whether length explains the accuracy, where in the answer it arises, calibration."""
     which, alone = length_alone(row)
     model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
     by_length = []
     for bucket in row["eval_by_length"]:
         span = f"{bucket['low']:+}" + (f"..{bucket['high']:+}" if bucket["low"] < bucket["high"] else "")
         by_length.append(f"{span}: {bucket['accuracy']:.2f} ({bucket['pairs']})")
+    by_tenth = " ".join(f"{share:.2f}" for share in row["eval_accuracy_by_position"])
     lines = [
-        f'right            {model} of the held-out pairs; "the {which} answer is better" is right in {alone:.1%}',
+        f"correct          {model} of the held-out pairs; always choosing the {which} answer: {alone:.1%}",
         f"by length        {', '.join(by_length)}: accuracy (pairs) by chosen minus rejected tokens",
-        f"along the answer {' '.join(f'{share:.2f}' for share in row['eval_accuracy_by_position'])}: accuracy by tenths",
-        f"calibration      sigmoid(|difference|) is off by {row['eval_calibration_error']:.3f} from the share that is right",
+        f"along the answer {by_tenth}: accuracy by tenths of the answer",
+        f"calibration      sigmoid(|difference|) differs from accuracy by {row['eval_calibration_error']:.3f} on average",
     ]
     if alone >= row["eval_accuracy_low"]:
-        lines.append(f"Length alone does as well as this model: choosing the {which} answer is right in {alone:.1%}.")
+        lines.append(
+            f"Length alone does as well as this model: always choosing the {which} answer gets {alone:.1%} right."
+        )
     return "\n".join(lines)
 
 

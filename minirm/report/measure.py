@@ -1,4 +1,4 @@
-"""Measure a reward model on held-out pairs: plain functions of one number per pair; only torch, no model, no ranks.
+"""Metrics of a reward model on held-out pairs: plain functions of tensors that need only torch, no model and no ranks.
 
 P = pairs; end rewards `chosen`, `rejected` [P]; `prompt` [P] integers, equal for pairs of the same prompt. Everything is
 computed on the CPU in fp64, in the order of the pairs, so that it does not depend on which rank computed which reward.
@@ -16,9 +16,9 @@ TENTHS = 10  # parts of an answer
 
 
 def agreement(chosen: Tensor, rejected: Tensor, prompt: Tensor) -> dict:
-    """Agreement of the rewards with human preferences: accuracy, accuracy_low, accuracy_high, ties, pairs.
+    """How far the rewards agree with human preferences: accuracy, accuracy_low, accuracy_high, ties, pairs.
 
-    A tie is not correct, so a constant scorer has accuracy 0. Low and high: see `interval`.
+    A tie counts as wrong, so a constant scorer has accuracy 0. Low and high: see `interval`.
     """
     correct = (chosen > rejected).double()
     low, high = interval(correct, prompt)
@@ -30,11 +30,12 @@ def interval(correct: Tensor, prompt: Tensor) -> tuple[float, float]:
     """95 % interval of the mean of 0/1 values [P], for prompts drawn at random, each with all its pairs.
 
     Pairs of a prompt are not independent, so the variance comes from a jackknife that leaves out one prompt at a time.
-    It gives the number of independent pairs with the same uncertainty, for which Wilson's interval is computed, with
-    Student's t for the effective number of prompts (Kish: as if all had equally many pairs). The number of independent
-    pairs is at most P, in case the jackknife variance is too small by chance; if nothing varies (all correct), it is
-    the effective number of prompts. Covers 93 to 97 % for 60 to 300 prompts (tests/test_measure.py), and 92 % for 60
-    uneven prompts at an accuracy of 0.9 if most are all right or all wrong.
+    It gives the number of independent pairs with the same uncertainty. Wilson's interval is computed for that number,
+    with Student's t for the effective number of prompts (Kish: as if all had equally many pairs). The number of
+    independent pairs is at most P, in case the jackknife variance is too small by chance. If nothing varies (all
+    correct), it is the effective number of prompts. The interval covers the mean in 93 to 97 % of cases for 60 to 300
+    prompts (tests/test_measure.py), and in 92 % for 60 uneven prompts at an accuracy of 0.9 if most prompts are all
+    right or all wrong.
     """
     _, number = prompt.unique(return_inverse=True)
     sizes = torch.zeros(int(number.max()) + 1, dtype=torch.float64).index_add_(0, number, torch.ones_like(correct))
@@ -59,10 +60,10 @@ def t_quantile(freedom: float) -> float:
 
 
 def calibration(chosen: Tensor, rejected: Tensor, buckets: int = 10) -> dict:
-    """Compare sigmoid(|chosen - rejected|) with the share of pairs ordered right: calibration_error and calibration.
+    """Compare sigmoid(|chosen - rejected|) with the share of correct pairs: calibration_error and calibration.
 
     `calibration`: {"predicted", "observed", "pairs"} per bucket, means over pairs with similar differences; buckets
-    have similar sizes. calibration_error: mean over pairs of their bucket's |predicted - observed| (Guo et al., arXiv
+    have similar sizes. `calibration_error`: mean over pairs of their bucket's |predicted - observed| (Guo et al., arXiv
     1706.04599); about 0.06 by chance for 300 pairs. A tie predicts 0.5 and counts as half right; nan is left out.
     """
     difference = (chosen - rejected).double()
@@ -94,7 +95,7 @@ def by_name(names: Iterable[Iterable[str]]) -> dict[str, Tensor]:
 
 
 def file_names(files: list[str]) -> list[str]:
-    """Names that distinguish files: stems, or full names if stems repeat (helpful/test.jsonl, harmless/test.jsonl)."""
+    """Names that distinguish files: stems, or paths if stems repeat (helpful/test.jsonl, harmless/test.jsonl)."""
     stems = [Path(file).stem if len(files) > 1 else "" for file in files]
     return [stem if stems.count(stem) == 1 else file for stem, file in zip(stems, files)]
 
@@ -102,8 +103,8 @@ def file_names(files: list[str]) -> list[str]:
 def right_by_tenth(chosen: Tensor, rejected: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Share of positions with c_t > r_t in each tenth of start <= t < end: [P, T], [P, T], [P], [P] -> [P, 10] fp64.
 
-    Tenth k is start + k n // 10 <= t < start + (k + 1) n // 10, where n = end - start, but at least its first position.
-    With n < 10, some positions belong to several tenths.
+    Tenth k is start + k n // 10 <= t < start + (k + 1) n // 10, where n = end - start, and includes at least its first
+    position. With n < 10, some positions belong to several tenths.
     """
     upto = F.pad((chosen > rejected).double().cumsum(dim=1), (1, 0))  # [P, T + 1]: right places before t
     k = torch.arange(TENTHS + 1, device=start.device)
@@ -124,14 +125,14 @@ def histogram(chosen: Tensor, rejected: Tensor, bins: int = 30) -> dict:
 
 
 def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
-    """What is known about the pairs of groups (see prepare.py) before scoring: `measure`'s other arguments.
+    """What is known about the pairs of groups (see prepare.py) before scoring: `measure`'s keyword arguments.
 
     Args: files: the data's files; several get distinct names. by_prompt: a pair weighs 1 / (pairs of its prompt).
     """
     of_file = file_names(files)
     prompt, tokens, weight, names, number, left = [], [], [], [], -1, 0
     for row in groups:
-        if not left:  # a prompt's groups are consecutive; it has several if some of its pairs are cut
+        if not left:  # a prompt's groups are consecutive; it has several if some of its pairs are truncated
             number, left = number + 1, row["prompt_pairs"]
         left -= row["pairs"]
         assert left >= 0, f"prompt {number} has more pairs than its prompt_pairs says"
@@ -145,7 +146,7 @@ def describe(groups: Iterable[dict], files: list[str], by_prompt: bool) -> dict:
 
 
 def measure(chosen, rejected, loss, right, *, prompt, tokens, weight, names: list[tuple[str, ...]]) -> dict:
-    """All metrics of an evaluation, named as in metrics.jsonl; JSON-serializable.
+    """All metrics of an evaluation, named as in metrics.jsonl and JSON-serializable.
 
     Args: tensors chosen, rejected, loss, prompt: [P]; right: [P, 10] from `right_by_tenth`; tokens: [P, 2], of the
     chosen and rejected answer; weight: [P], for the weighted mean of the loss; names: each pair's subset and file.

@@ -10,18 +10,19 @@ import torch.distributed as dist
 
 from minirm.errors import printable
 
-PROFILED = ("matrix products", "attention", "other operations", "communication", "waiting", "the rest: gaps")
+PROFILED = ("matrix products", "attention", "other operations", "communication", "waiting", "gaps")
 
 
 def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) -> Callable[[], None]:
-    """Return a function to call after every step. From the third on, it profiles `steps` of `coming` steps; 0: none.
+    """Return a function to call after every step. It profiles `steps` steps from the third on (0: none).
 
     Then every process writes its Chrome trace to `output`, and rank 0 prints where the time went.
+    coming: the number of steps that remain.
     """
     rank = dist.get_rank()
     if not steps or coming < steps + 2:
         if steps and rank == 0:
-            print(f"--profile {steps} needs {steps + 2} steps, only {coming} are to come: nothing is profiled")
+            print(f"--profile {steps} needs {steps + 2} steps, but only {coming} remain; nothing is profiled")
         return lambda: None
 
     def done(profile: torch.profiler.profile) -> None:
@@ -30,7 +31,7 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
         dist.all_gather_object(everyone, time_shares(profile.events()), group=group)
         if rank == 0:
             print(
-                f"{steps} steps profiled, traces in {printable(output)}/trace-rank*.json.gz; shares of the time of each process"
+                f"profiled {steps} steps (traces: {printable(output)}/trace-rank*.json.gz); shares of each process's time:"
             )
             print(profile_table(everyone, steps))
 
@@ -41,14 +42,14 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
 
 
 def time_shares(events) -> Counter[str]:
-    """Microseconds by kind and in total, on the GPU if there is one, else on this process's CPU thread."""
+    """Microseconds by kind of operation and in total, on the GPU if there is one, else on this process's CPU thread."""
     times: Counter[str] = Counter()
     cuda, end = torch.cuda.is_available(), 0.0
     for event in sorted(events, key=lambda event: event.time_range.start):
         name, span = event.name, event.time_range
         if name.startswith("ProfilerStep"):
             times["whole"] += 0 if event.device_type == torch.autograd.DeviceType.CUDA else span.elapsed_us()
-        elif name.startswith(("ncclDevKernel", "ncclKernel") if cuda else "gloo:"):  # count overlapping ones once
+        elif name.startswith(("ncclDevKernel", "ncclKernel") if cuda else "gloo:"):  # count overlaps once
             times["communication"] += max(0.0, span.end - max(span.start, end))
             end = max(end, span.end)
         elif name.startswith("aten::"):
@@ -59,9 +60,9 @@ def time_shares(events) -> Counter[str]:
 
 
 def profile_table(everyone: list[Counter[str]], steps: int) -> str:
-    """Format times by process. Waiting is a process's time in collectives beyond that of the one with the least."""
+    """Format times by process. Waiting is time in collectives beyond that of the process that spends least in them."""
     least = min(times["communication"] for times in everyone)
-    lines = [f"{'process':<9}{'ms a step':>10}" + "".join(f"{name:>18}" for name in PROFILED)]
+    lines = [f"{'process':<9}{'ms/step':>10}" + "".join(f"{name:>18}" for name in PROFILED)]
     for rank, times in enumerate(everyone):
         times["waiting"], times["communication"] = times["communication"] - least, least
         times[PROFILED[-1]] = max(0, times["whole"] - sum(times[name] for name in PROFILED[:-1]))

@@ -190,7 +190,7 @@ def try_model(model: Path, folder: Path) -> str:
         if code:
             raise RuntimeError(said.getvalue().strip().splitlines()[-1])
         if layout == "shared":
-            used = "separate" if "a row of its own" in said.getvalue() else "shared"
+            used = "separate" if "its own row" in said.getvalue() else "shared"
         losses[layout] = [row["eval_loss"] for row in read_metrics(folder / layout) if "eval_loss" in row]
     difference = max(abs(a - b) for a, b in zip(losses["shared"], losses["separate"], strict=True))
     if not difference <= 1e-4:

@@ -128,7 +128,7 @@ def main() -> None:
                 print(f"{world:>9}{key:>12}{counted / 1e6:>20.3f}{value / 1e6:>10.3f}")
         last = start(max(args.processes), 6, pin.replace("FIRST", "0"), "--profile", 3)
         end(*last)
-        print("\n" + re.search(r"3 steps profiled.*(\n(process|\d).*)+", last[0].text())[0])
+        print("\n" + re.search(r"profiled 3 steps.*(\n(process|\d).*)+", last[0].text())[0])
     finally:
         server.close()
         shutil.rmtree(folder)
