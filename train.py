@@ -186,7 +186,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     kept: dict[str, torch.Tensor] = {}  # trained parameters at the best evaluation, on the CPU
     if resumed.checkpoint:
         kept = checkpoint.load(resumed.checkpoint, resumed.state, trained, optimizer, scheduler, scaler, patient)
-        print0(f"goes on from {printable(resumed.checkpoint)}, step {start} of {total_steps}\n")
+        print0(f"resuming from {printable(resumed.checkpoint)}, step {start} of {total_steps}\n")
     scale = scaler.get_scale()
 
     def compute(batch: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
@@ -317,7 +317,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
                 bar.write(line)
         if stop:
             said = f"{signal.Signals(stop).name}: stopped after step {step} of {total_steps}"
-            raise Stop(f"{said}; the same command goes on from there", 128 + stop)
+            raise Stop(f"{said}; run the same command again to resume", 128 + stop)
         since += time.perf_counter() - paused
     bar.close()
     watch.saving = not args.save_steps  # without a checkpoint of the last step, a signal must not interrupt the export

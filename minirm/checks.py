@@ -40,11 +40,13 @@ def check_flags(args: Namespace, parser: ArgumentParser, words: Sequence[str]) -
     elif not 0 < args.lora_alpha < math.inf:
         raise InputError(f"--lora_alpha must be positive, got {args.lora_alpha}")
     if args.lora_rank and args.train_embeddings:
-        raise InputError("--train_embeddings does not go with --lora_rank, which trains adapters of the blocks alone")
+        raise InputError(
+            "--train_embeddings cannot be combined with --lora_rank, which trains only adapters in the blocks; omit one of them"
+        )
     if args.loss == "trlx":  # must stay as published
         for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
             if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"--{name} does not go with --loss trlx; leave it away, or choose another --loss")
+                raise InputError(f"--{name} cannot be combined with --loss trlx; omit it, or choose another --loss")
     for name in set(args.report_to) - {"none"}:
         if not getattr(find_spec(name), "origin", None):  # None: only a folder with that name
             raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}")
@@ -56,7 +58,7 @@ def check_flags(args: Namespace, parser: ArgumentParser, words: Sequence[str]) -
     }  # fmt: skip
     given = {word.partition("=")[0] for word in words}
     for flag in [flag for flag, without_effect in idle.items() if without_effect and flag in given]:
-        beside = "without a GPU" if flag == "--cpu_offload" else "beside the other flags"
+        beside = "without a GPU" if flag == "--cpu_offload" else "in combination with the other flags"
         print0(f"train.py: warning: {flag} has no effect {beside}")
 
 

@@ -61,11 +61,11 @@ def check_output(output: Path, choice: str) -> None:
     if not output.is_dir() or all(path.suffix == PARTIAL for path in output.iterdir()):
         return
     if not (output / RUN).exists() and not checkpoints(output):
-        raise InputError(f"--output_dir {output} holds another run's files; choose another folder, or remove it first")
+        raise InputError(f"--output_dir {output} holds files of another run; choose another folder, or remove it first")
     if choice == "none" and not restarted():
         raise InputError(
-            f"--output_dir {output} holds a run; without --resume_from_checkpoint none it goes on. To begin anew, "
-            "choose another folder, or remove it first"
+            f"--output_dir {output} already holds a run; omit --resume_from_checkpoint none to "
+            "resume it. To start over, choose another folder, or remove it first"
         )
 
 
@@ -79,7 +79,9 @@ def hold(output: Path) -> None:
     try:
         fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"--output_dir {output}: another run is writing there; wait for its end, or stop it") from None
+        raise InputError(
+            f"--output_dir {output}: another run is writing there; wait until it ends, or stop it"
+        ) from None
     except OSError:
         pass  # some network file systems have no locks
 
@@ -103,20 +105,20 @@ def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
             state = verify(folder)
             break
         except ValueError as error:
-            problem = f"{folder} is not whole: {error}"
-            print(printable(problem if given else f"{problem}; it is skipped"))
+            problem = f"{folder} is not an intact checkpoint: {error}"
+            print(printable(problem if given else f"{problem}; skipping it"))
     if problem and not state:
-        raise InputError(f"{problem}; give a whole checkpoint, or choose another --output_dir to begin anew")
+        raise InputError(f"{problem}; give an intact checkpoint, or choose another --output_dir to start over")
     if given and max(own, default=0) > state["step"]:
         raise InputError(
-            f"--output_dir {output} holds a run that has got further than {folder}; leave --resume_from_checkpoint away to "
-            "go on with it, or choose another --output_dir"
+            f"--output_dir {output} holds a run that is ahead of {folder}; omit --resume_from_checkpoint to "
+            "resume it, or choose another --output_dir"
         )
     finished = record.pop("finished", None)
     for saved in (record, state):
         if changed := differences(saved.get("recipe", {}), recipe):
             raise InputError(
-                f"{folder or output} is of another run: {'; '.join(changed)}; undo that, or choose another --output_dir"
+                f"{folder or output} belongs to another run: {'; '.join(changed)}; undo this, or choose another --output_dir"
             )
     state = START | {"processes": processes} | record | state
     return Run(state | {"recipe": recipe | state["recipe"]}, folder, finished)
@@ -139,7 +141,9 @@ def all_alike(recipe: dict, group) -> None:
     dist.all_gather_object(everyone, recipe, group=group)
     for rank, other in enumerate(everyone):
         if changed := differences(everyone[0], other):
-            raise InputError(f"process {rank} was given another run than process 0: {'; '.join(changed)}")
+            raise InputError(
+                f"process {rank} was started with other flags or files than process 0: {'; '.join(changed)}"
+            )
 
 
 def model_fingerprint(name: str, config) -> str:
@@ -163,7 +167,7 @@ def model_fingerprint(name: str, config) -> str:
 def differences(then: dict, now: dict) -> list[str]:
     """Describe what differs. Ignores the number of prompts per step, which `accumulation` checks."""
     changed = sorted(k for k in then.keys() & now.keys() - {"prompts a step"} if then[k] != now[k])
-    return [f"{k}: the content has changed" if "--" in k else f"--{k} was {then[k]!r}, is {now[k]!r}" for k in changed]
+    return [f"{k}: its content has changed" if "--" in k else f"--{k} was {then[k]!r}, is {now[k]!r}" for k in changed]
 
 
 def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
@@ -177,7 +181,7 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
     if processes == run.state["processes"] or whole % product:
         raise InputError(
             f"the run has {whole} prompts a step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
-            f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that they are equal"
+            f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that both agree"
         )
     return whole // product
 
@@ -207,11 +211,11 @@ def write_record(run: Run, args: Namespace, processes: int) -> None:
     """
     output, total_steps, done = Path(args.output_dir), run.total_steps, max(run.finished or 0, run.state["step"])
     if run.finished == total_steps:
-        raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing is left to do", 0)
+        raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing to do", 0)
     if done > total_steps or (run.finished and not run.checkpoint):
         raise InputError(
-            f"--output_dir {output}: the run is at step {done} already{'' if run.checkpoint else ' and left no checkpoint'}, "
-            f"{total_steps} were asked for; choose another folder"
+            f"--output_dir {output}: the run has already reached step {done}{'' if run.checkpoint else ' and left no checkpoint'}, "
+            f"but it should end at step {total_steps}; choose another folder"
         )
     record = {"recipe": run.state["recipe"], "processes": processes, "arguments": vars(args)}
     with writing(output / RUN):
@@ -263,8 +267,8 @@ def not_finite(step: int, planned: Step, where: tuple[int, int] | None, inputs, 
     row = inputs.data.train[groups[0]]
     text = inputs.tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
     return Stop(
-        f"step {step}: {what}. Computed were the training prompts {ids} (counted from 0 after the filters; the first begins "
-        f"{text!r}). {hint}. The newest checkpoint is from before this and goes on with the same command",
+        f"step {step}: {what}. It occurred in training prompts {ids} (counted from 0 after filtering; the first begins "
+        f"{text!r}). {hint}. The newest checkpoint precedes this step; run the same command again to resume from it",
         3,
     )
 

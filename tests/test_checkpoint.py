@@ -198,7 +198,7 @@ def forbidden(*arguments, **options): raise AssertionError("a pickle")
 pickle.load = pickle.loads = torch.load = torch.save = torch.serialization.load = torch.serialization.save = forbidden
 """
     run = server.run(*eight_steps, "--output_dir", output, patch=patch)
-    assert run.codes == [0] and "goes on from" in run.text(), run.text()
+    assert run.codes == [0] and "resuming from" in run.text(), run.text()
     kinds = {path.suffix for path in output.rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors", ".md", ""}
     assert {p.name for p in output.rglob("*") if p.is_file() and not p.suffix} == {"SHA256SUMS"}

@@ -124,7 +124,9 @@ def test_models_that_cannot_be_adapted_are_refused():
         add_lora(model, 4, 8, frozen)
     with pytest.raises(ValueError, match="no linear layers"):
         add_lora(model, 4, 8, freeze_bottom_layers(model, 1))
-    assert "--train_embeddings does not go" in refusal(train.parse_args, ["--lora_rank", "4", "--train_embeddings"])
+    assert "--train_embeddings cannot be combined" in refusal(
+        train.parse_args, ["--lora_rank", "4", "--train_embeddings"]
+    )
     assert "--lora_alpha must be positive" in refusal(train.parse_args, ["--lora_rank", "4", "--lora_alpha", "0"])
 
 

@@ -24,7 +24,7 @@ def contents(output):
 def test_a_finished_run_says_so_and_changes_nothing(server, eight_steps, finished):
     before = contents(finished)
     run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", finished)
-    assert run.codes == [0] and "finished after 8 steps; nothing is left to do" in run.text()
+    assert run.codes == [0] and "finished after 8 steps; nothing to do" in run.text()
     assert contents(finished) == before
 
 
@@ -37,8 +37,8 @@ def test_a_damaged_checkpoint_is_named_and_skipped_with_the_same_result(server, 
     (output / "checkpoint-8.partial").mkdir()  # left by an unfinished save
     run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", output)
     assert run.codes == [0], run.text()
-    assert f"checkpoint-6 is not whole: {damaged.name}" in run.text()
-    assert "goes on from" in run.text() and "checkpoint-4, step 4 of 8" in run.text()
+    assert f"checkpoint-6 is not an intact checkpoint: {damaged.name}" in run.text()
+    assert "resuming from" in run.text() and "checkpoint-4, step 4 of 8" in run.text()
     assert rows_without_speeds(output) == rows_without_speeds(finished)
     assert list(checkpoints(output)) == [8, 6, 4] and not list(output.glob("*.partial"))
     assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
@@ -51,7 +51,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(server, eight_step
     (output / "checkpoint-4" / "checkpoint.json").unlink()
     before = contents(output)
     run = server.run(*eight_steps, "--output_dir", output)
-    assert run.codes == [2] and "checkpoint-4 is not whole: checkpoint.json: No such file" in run.text()
+    assert run.codes == [2] and "checkpoint-4 is not an intact checkpoint: checkpoint.json: No such file" in run.text()
     assert contents(output) == before
 
 
@@ -75,8 +75,8 @@ def test_another_recipe_data_or_model_is_refused_with_all_differences(server, ei
     for words in (
         "--learning_rate was 0.001, is 0.002",
         "--precision was 'fp32', is 'bf16'",
-        "--train_data: the content has changed",
-        "weights of --model: the content has changed",
+        "--train_data: its content has changed",
+        "weights of --model: its content has changed",
     ):
         assert words in line
     assert "warmup" not in line and "tokenizer" not in line
@@ -98,7 +98,10 @@ train.parse_args = parse_args
     run = server.run(*eight_steps, "--output_dir", tmp_path / "run", world=2, patch=patch)
     assert run.codes == [2, 2], run.text()[-3000:]
     (line,) = [line for line in run.text().splitlines() if "error:" in line]
-    assert "process 1 was given another run than process 0: --train_data: the content has changed; --learn" in line
+    assert (
+        "process 1 was started with other flags or files than process 0: --train_data: its content has changed; --learn"
+        in line
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -112,7 +115,7 @@ def test_a_longer_run_resumes_with_the_schedule_of_its_new_length(server, eight_
     assert rates[5] == 0
     assert [rates[s] for s in (6, 10, 11)] == pytest.approx([1e-3 * 5 / 8, 1e-3 * 1 / 8, 0])
     run = server.run(*flags, "--max_steps", 9)
-    assert run.codes == [2] and "at step 11 already, 9 were asked for" in run.text()
+    assert run.codes == [2] and "already reached step 11, but it should end at step 9" in run.text()
 
 
 def test_a_run_on_two_three_one_and_two_processes_equals_one_on_two(server, eight_steps, tmp_path):
@@ -148,7 +151,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(server, eight_step
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     run = server.run(*eight_steps, "--output_dir", output)
-    assert run.codes == [0] and "goes on from" not in run.text()
+    assert run.codes == [0] and "resuming from" not in run.text()
     assert rows_without_speeds(output) == rows_without_speeds(finished)
 
 
@@ -164,8 +167,8 @@ def test_a_checkpoint_can_start_a_run_in_another_folder(server, eight_steps, fin
     ("choice", "words"),
     [
         ("none", "holds a run"),
-        ("checkpoint-4", "holds a run that has got further"),
-        ("nowhere", "nowhere is not whole: SHA256SUMS: No such file"),
+        ("checkpoint-4", "holds a run that is ahead of"),
+        ("nowhere", "nowhere is not an intact checkpoint: SHA256SUMS: No such file"),
     ],
 )
 def test_impossible_resumptions_are_refused(server, eight_steps, finished, choice, words):
@@ -194,7 +197,7 @@ def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path
     (tmp_path / "run.json.partial").touch()  # left by a run killed right at its start
     check_output(tmp_path, "auto")
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="another run's files"):
+    with pytest.raises(InputError, match="files of another run"):
         check_output(tmp_path, "auto")
     for path in (tmp_path / "thesis.tex", tmp_path / "thesis.tex" / "run"):
         with pytest.raises(InputError, match="thesis.tex is not a folder that can be written"):
@@ -236,7 +239,7 @@ def test_a_corrupt_run_record_is_refused(server, eight_steps, tmp_path, content)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     run = server.run(*eight_steps, "--output_dir", tmp_path / "run")
-    assert run.codes == [2] and "run.json cannot be read; give a whole checkpoint" in run.text()
+    assert run.codes == [2] and "run.json cannot be read; give an intact checkpoint" in run.text()
 
 
 def test_differences_skips_flags_that_only_one_side_knows():

@@ -35,7 +35,7 @@ def test_a_signal_to_any_process_saves_the_step_and_stops_all(server, twelve_ste
         run.kill(number, ranks=ranks)
         assert run.wait() == [128 + number] * 2, run.text()
         step = max(checkpoints(output))
-        line = f"train.py: {number.name}: stopped after step {step} of 12; the same command goes on from there"
+        line = f"train.py: {number.name}: stopped after step {step} of 12; run the same command again to resume"
         assert line in run.text().splitlines()
         assert len(training(output)) == step < 12
     assert server.run(*twelve_steps, "--output_dir", output, world=2).codes == [0, 0]
@@ -214,7 +214,7 @@ checkpoint.save = killed
 """
     agent = AGENT.format(patch=patch, restarts=1)
     run = server.run(*twelve_steps, "--output_dir", tmp_path / "run", patch=agent)
-    assert run.codes == [0] and "goes on from" in run.text(), run.text()
+    assert run.codes == [0] and "resuming from" in run.text(), run.text()
     assert [row["step"] for row in training(tmp_path / "run")] == list(range(1, 13))
 
 

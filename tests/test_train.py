@@ -374,7 +374,7 @@ def test_flags_out_of_range_are_refused(refused, capsys):
     "flag, value", [("pair_weight", "prompt"), ("center_rewards_coefficient", 0.01), ("margin_scale", 0)]
 )
 def test_loss_options_are_refused_with_the_published_loss(flag, value, refused, capsys):
-    assert f"--{flag} does not go with --loss trlx" in refused(capsys, "--loss", "trlx", f"--{flag}", value)
+    assert f"--{flag} cannot be combined with --loss trlx" in refused(capsys, "--loss", "trlx", f"--{flag}", value)
     assert f"--{flag}" in refused(capsys, f"--{flag}", -1)
 
 
@@ -400,12 +400,15 @@ def test_only_the_flag_without_effect_is_named(capsys):
     train = importlib.import_module("train")
     for epochs in (["--num_train_epochs", "3"], ["--num_train_epochs=3"]):
         train.parse_args(["--model", "x", "--max_steps", "5", *epochs, "--warmup_steps", "3"])
-        assert capsys.readouterr().err == "train.py: warning: --num_train_epochs has no effect beside the other flags\n"
+        assert (
+            capsys.readouterr().err
+            == "train.py: warning: --num_train_epochs has no effect in combination with the other flags\n"
+        )
 
 
 def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert "holds another run's files" in refused(capsys, output_dir=tmp_path)
+    assert "holds files of another run" in refused(capsys, output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 

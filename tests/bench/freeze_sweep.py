@@ -8,7 +8,7 @@ On the demo, and with the demo's model on ../shared/data/comparisons_{train,eval
 A seed stands for another order of the data and another head, not for other data or another model. Ratios take turns, so
 that a busy machine slows all of them, and every run has a process of its own.
 
-Stopped by Ctrl-C, it shows the seeds that are complete, and goes on with the same command: what is finished lies in
+Stopped by Ctrl-C, it shows the seeds that are complete, and resumes with the same command: what is finished is in
 --folder, and is taken if its flags are the same.
 """
 
@@ -200,7 +200,7 @@ def main() -> None:
             print(f"{name}, seed {seed}, {ratio:.0%} frozen: held-out {done['best']:.3f} after {done['best step']} steps, "
                   f"{time.perf_counter() - begin:.0f} s so far", flush=True)  # fmt: skip
     except KeyboardInterrupt:
-        print("stopped; the same command goes on. Seeds with all ratios:")
+        print("stopped; run the same command again to resume. Seeds with all ratios:")
     for name in sets:
         whole = min(map(len, results[name].values()))
         results[name] = {ratio: of[:whole] for ratio, of in results[name].items()}
