@@ -9,7 +9,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before anything imports datasets, which reads it once: what the tests prepare goes where it can be thrown away.
+# datasets reads this once, on import. The tests prepare data in a temporary folder.
 CACHES = tempfile.TemporaryDirectory(prefix="minirm-tests-")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=CACHES.name)
 
@@ -41,10 +41,7 @@ TRAIN = [
     {"prompt": "t", "chosen": NINE, "rejected": "one two"},
     {"prompt": "u", "chosen": NINE, "rejected": ELEVEN, "margin": 0},
 ]
-EVAL = [
-    {"prompt": "p", "chosen": NINE, "rejected": ELEVEN},
-    {"prompt": "v", "chosen": "yes", "rejected": "no"},
-]
+EVAL = [{"prompt": "p", "chosen": NINE, "rejected": ELEVEN}, {"prompt": "v", "chosen": "yes", "rejected": "no"}]
 EVALUATION = {
     "step": 1000,
     "eval_loss": 0.5,
@@ -59,9 +56,9 @@ EVALUATION = {
     "eval_reward_std": 1.5,
 }
 
-torch.set_num_threads(1)  # tiny models only wait for each other's threads
+torch.set_num_threads(1)  # with tiny models, more threads only take longer
 
-# Families that are small in every dimension; each has its own names for the same things.
+# Tiny configurations. Every family has its own names for the same dimensions.
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 CONFIGS = {
     "gptj": lambda v: transformers.GPTJConfig(vocab_size=v, n_embd=32, n_layer=4, n_head=4, rotary_dim=4, n_positions=1024),
@@ -82,7 +79,7 @@ CONFIGS = {
 
 
 def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400):
-    """A byte-level BPE of a few hundred tokens, which can encode any text."""
+    """A byte-level BPE of a few hundred tokens that can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -95,7 +92,7 @@ def make_tokenizer(eos="<|endoftext|>", pad=None, bos=None, texts=None, size=400
 
 
 def with_template(template, eos="</s>", bos="<s>", more=None):
-    """A tokenizer without merges that itself adds BOS or EOS: template "<s> $A </s>"."""
+    """A tokenizer without merges that adds BOS or EOS by itself, as in template "<s> $A </s>"."""
     tokenizer = make_tokenizer(eos=eos, bos=None if bos == eos else bos, pad=more, texts=["x"])
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in {eos, bos, more} - {None}}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(ids.items()))
@@ -105,7 +102,7 @@ def with_template(template, eos="</s>", bos="<s>", more=None):
 
 
 def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
-    """A random causal language model with its tokenizer in a folder, as a user would have it."""
+    """Save a random causal language model with its tokenizer, as a user would have it."""
     tokenizer = make_tokenizer()
     config = CONFIGS[family](len(tokenizer))
     config.update({"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None, **changes})
@@ -116,9 +113,9 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes) -> Path:
 
 
 def load(folder, seed=0):
-    """(RewardModel, config, tokenizer) the way train.py makes them: empty, then filled by name, from both sources.
+    """(RewardModel, config, tokenizer) as train.py makes them: an empty model, filled by name. Both readers must agree.
 
-    It uses the published head, because errors in rewards near zero would be too small to notice.
+    The head is the published one: with rewards near zero, errors would be too small to notice.
     """
     config, tokenizer = load_config(str(folder))
     model = empty_model(config)
@@ -141,7 +138,7 @@ def state(model):
 
 
 def make_comparisons(count: int, seed: int = 0, per_prompt: int = 1) -> list[dict]:
-    """Comparisons of random words: 3 to 30 in a prompt, 5 to 20 in an answer."""
+    """Comparisons of random words, 3 to 30 in a prompt and 5 to 20 in an answer."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(low, high):
@@ -170,7 +167,7 @@ def refusal(call, *arguments, **options) -> str:
 
 
 def run_train(*flags, processes: int = 0, env: dict | None = None, timeout: int = 240) -> subprocess.CompletedProcess:
-    """The real command, as typed: `python train.py flags`, or with torchrun for `processes` > 0."""
+    """Run the real command: `python train.py flags`, under torchrun if `processes` > 0."""
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -197,34 +194,20 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", folder], check=True)
 
 
-# What touches transformers or torch closely: it has to pass at both ends of the tested ranges (`-m core`).
-CORE = {
-    f"test_{name}.py"
-    for name in [
-        "attention",
-        "estimate",
-        "export",
-        "families",
-        "model",
-        "probe",
-        "shard",
-        "train",
-        "trunk_cache",
-        "versions",
-        "weights",
-    ]
-}
+# The tests that depend most on torch and transformers. `-m core` runs them at both ends of the tested ranges.
+CORE = ["attention", "estimate", "export", "families", "model", "probe", "shard", "train", "trunk_cache", "versions"]
+CORE += ["weights"]
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name in CORE:
+        if item.path.stem.removeprefix("test_") in CORE:
             item.add_marker("core")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Prevent runs within a test from drawing curves.png, which takes longer than the run; test_plot.py tests it."""
+    """Keep runs within a test from drawing curves.png, which takes longer than the run. test_plot.py tests the drawing."""
     with pytest.MonkeyPatch.context() as patch:
         if item.path.name != "test_plot.py":
             patch.setitem(sys.modules, "matplotlib", None)
@@ -239,6 +222,11 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def flags(**values) -> list:
+    """flags(max_steps=3) -> ["--max_steps", 3]"""
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
 def rows_without_speeds(output):
     return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in read_metrics(output)]
 
@@ -248,7 +236,7 @@ def training(output):
 
 
 def unfinished(finished, output, steps):
-    """A copy of a finished run, in the state of one that was killed after this many steps."""
+    """Copy a finished run and take the copy back to a run that was killed after this many steps."""
     shutil.copytree(finished, output)
     for step, path in checkpoints(output).items():
         if step > steps:
@@ -263,7 +251,7 @@ def unfinished(finished, output, steps):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """model_folder("llama") -> a folder with that tiny model; made once per session."""
+    """model_folder("llama") -> a folder with that tiny model, made once per session."""
     made = {}
 
     def get(family: str, **changes) -> Path:
@@ -277,7 +265,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Run train.py in processes that start in milliseconds and can be killed: see processes.py."""
+    """Runs train.py in processes that start in milliseconds and can be killed; see processes.py."""
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
@@ -285,7 +273,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def characters():
-    """A tokenizer without merges."""
+    """A tokenizer without merges: one token per character."""
     return make_tokenizer(texts=["x"])
 
 
@@ -312,7 +300,7 @@ def eight_steps(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(server, eight_steps, tmp_path_factory):
-    """A folder with a finished run that kept checkpoints 4, 6 and 8."""
+    """The folder of a finished run with checkpoints 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("finished")
     run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", folder / "run")
     assert run.codes == [0], run.text()

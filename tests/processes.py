@@ -2,7 +2,7 @@
 
 Importing torch and transformers takes longer than a tiny training run. So one server process imports them once and
 forks into the processes of every run, which behave as under `torchrun train.py`, with RANK, WORLD_SIZE and so on in
-the environment. There is no torchrun agent to clean up after them, so only minirm itself can end them.
+the environment. No torchrun agent cleans up after them, so minirm itself has to end them.
 """
 
 import gc
@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A patch for `Server.start`: all c10d operations go into collectives-<rank>.json in --output_dir, each with the bytes of
-# its tensors, None for what is none.
+# A patch for `Server.start`. It writes every c10d operation to collectives-<rank>.json in --output_dir, with the bytes of
+# each tensor among its arguments and None for each other argument.
 COLLECTIVES = """
 import json, torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +43,7 @@ train.main = counted
 
 
 class Server:
-    """`run = Server().start(flags, world=2)`; then run.kill(), run.wait(), run.text()."""
+    """run = Server(folder).start(*flags, world=2), then run.kill(), run.wait(), run.text()."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -63,7 +63,7 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *flags, world: int = 1, patch: str = "", env: dict | None = None) -> "Run":
-        """patch: Python code run in each process before train.main, with `train` and its `rank` at hand."""
+        """patch: Python code that each process runs before train.main; `train` and `rank` are defined in it."""
         self.count += 1
         log = self.folder / f"run-{self.count}.log"
         with socket.socket() as free:
@@ -93,7 +93,7 @@ class Run:
             os.kill(self.pids[rank], number)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes by rank; -9 means killed. Processes still running after `timeout` seconds are killed: an error."""
+        """Exit codes by rank; -9 means killed. Kills the processes and raises TimeoutError after `timeout` seconds."""
         if self.codes is None:
             end, self.codes = time.monotonic() + timeout, []
             for pid in self.pids:
@@ -121,20 +121,20 @@ class Run:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import torch.distributed.tensor._ops  # noqa: F401 - what a run would import late, or make once, is made here
+    import torch.distributed.tensor._ops  # noqa: F401 - imported here once, because every run would import it late
     import transformers.optimization  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import train
 
-    for number in (signal.SIGINT, signal.SIGHUP):  # a shell ignores SIGINT in what it starts with &, nohup SIGHUP
+    for number in (signal.SIGINT, signal.SIGHUP):  # commands started with & ignore SIGINT, with nohup SIGHUP
         signal.signal(number, signal.SIG_DFL)
     get_checkpoint_conversion_mapping("llama")
     for name in ("gpt2", "gptj", "llama"):
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    sys.modules["matplotlib"] = None  # as if it were not there: a picture of every run would take longer than the run
+    sys.modules["matplotlib"] = None  # as if not installed: drawing the curves takes longer than a run
 
-    gc.freeze()  # a child that looks for garbage in what all share would copy it
+    gc.freeze()  # garbage collection in a child would copy the shared memory
     codes: dict[int, int | None] = {}
 
     def ended(pid: int) -> bool:
@@ -176,11 +176,11 @@ def child(train, rank: int, request: dict) -> None:
     os.environ.update(request["env"])
     code = 1
     try:
-        exec(request["patch"], {"train": train, "rank": rank})  # noqa: S102 - of the tests' own
+        exec(request["patch"], {"train": train, "rank": rank})  # noqa: S102 - the tests' own code
         code = train.main(request["argv"])
     except SystemExit as error:
         code = error.code
-    except Exception:  # noqa: BLE001 - whatever it is belongs into the log
+    except Exception:  # noqa: BLE001 - any error belongs in the log
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()

@@ -1,9 +1,7 @@
-"""Shared rows against one sequence per completion: masks, SDPA for GPT-J and GPT-Neo.
+"""Shared rows against one sequence per completion, and SDPA for GPT-J and GPT-Neo: pytest tests/test_attention.py
 
-    python -m pytest tests/test_attention.py
-
-Needs torch and transformers, no GPU, no network; half a minute on one core. The slow reference computes every
-completion after its own copy of the prefix, as a sequence [1, n] without padding or mask, in the unmodified model.
+Needs no GPU and no network. The slow reference computes every completion after its own copy of the prefix, as a sequence
+[1, n] without padding or mask, in the unmodified model.
 """
 
 import copy
@@ -20,11 +18,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_atten
 
 LLAMA = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
 
-NEO = {k: SIZES[k] for k in ("vocab_size", "hidden_size")} | {
-    "num_layers": 2,
-    "num_heads": 4,
-    "max_position_embeddings": 64,
-}
+NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -32,7 +26,7 @@ GEMMA = LLAMA | {"head_dim": 8}
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
-# name: (class of config, its values). hidden_size and the like are common names that every one of them understands.
+# name: (model type, values of its config). Every config understands common names like hidden_size.
 FAMILIES = {
     "gpt2": ("gpt2", SIZES),
     "gptj": ("gptj", SIZES | {"rotary_dim": 4}),
@@ -68,12 +62,12 @@ REFUSED = {
     "gemma3, both ways": ("gemma3_text", FAMILIES["gemma3"][1] | {"use_bidirectional_attention": True}),
 }
 
-# A row each: (length of the prefix, lengths of the completions); all padded to the longest.
+# Rows of (prefix length, completion lengths), all padded to the longest.
 ROWS = [(7, [6, 9]), (5, [3, 1, 4, 8, 2]), (0, [8, 6]), (6, [4, 9])]
 
 
 def make(family, implementation=None):
-    """A random model, evaluation mode, with biases and attention away from their tame initial values."""
+    """A random model in evaluation mode, with biases and attention moved away from their initial zeros."""
     kind, values = {**FAMILIES, **REFUSED}[family]
     torch.manual_seed(0)
     options = {} if implementation is None else {"attn_implementation": implementation}
@@ -84,7 +78,7 @@ def make(family, implementation=None):
 
 
 def batch(rows=ROWS):
-    """ids, segments, positions [R, L], and texts: (row, slice of the completion, ids [n], length of the prefix)."""
+    """ids, segments and positions [R, L], and texts: (row, slice of the completion, ids [n], prefix length)."""
     torch.manual_seed(1)
     length = max(prefix + sum(tails) for prefix, tails in rows) + 3
     ids = torch.randint(1, 64, (len(rows), length))
@@ -95,7 +89,7 @@ def batch(rows=ROWS):
         end = prefix
         for k, tail in enumerate(tails, start=1):
             place = slice(end, end + tail)
-            if tails == [4, 9] and k == 2:  # the first completion is the beginning of the second
+            if tails == [4, 9] and k == 2:  # the first completion is a prefix of the second
                 ids[r, end : end + 4] = ids[r, end - 4 : end]
             segments[r, place], positions[r, place] = k, torch.arange(prefix, prefix + tail)
             texts.append((r, place, torch.cat([ids[r, :prefix], ids[r, place]]), prefix))
@@ -110,7 +104,7 @@ def shared_states(model, ids, segments, positions, visible=None):
 
 
 def gradients(model, states):
-    """Gradients by parameter of a random linear function of the states (always the same one)."""
+    """{parameter: gradient} of a random linear function of the states, always the same one."""
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad((states * weights).sum(), parameters, allow_unused=True)
@@ -122,7 +116,7 @@ def assert_close(got, want, what="", floor=0.0, tolerance=1e-5):
 
 
 def assert_close_gradients(got, want):
-    # Some are zero but for rounding (a bias on the keys drops out of the softmax): so at least 1 % of the largest.
+    # Some gradients are zero up to rounding (the softmax cancels a bias on the keys), so allow 1 % of the largest one.
     floor = 0.01 * max(g.abs().max() for g in want.values())
     for name in want:
         assert_close(got[name], want[name], name, floor)
@@ -132,7 +126,7 @@ def assert_close_gradients(got, want):
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa where there is", "eager"])
 def test_shared_rows_equal_one_sequence_per_completion(family, eager):
     if family == "gpt_neo" and eager:
-        pytest.skip("needs use_sdpa, its own attention counts the window by place in the row")
+        pytest.skip("needs use_sdpa: its own attention applies the window to places in the row")
     model = make(family, "eager" if eager else None)
     ids, segments, positions, texts = batch()
     separate = [model(input_ids=text[None], use_cache=False).last_hidden_state[0, p:] for _, _, text, p in texts]
@@ -146,14 +140,14 @@ def test_shared_rows_equal_one_sequence_per_completion(family, eager):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_invisible_tokens_have_states_but_are_no_keys(family):
-    """The last three tokens of some completions are invisible, like the pads with rewards in the published loss."""
+def test_invisible_tokens_have_states_but_are_not_attended_to(family):
+    """The last three tokens of some completions are invisible, like the scored pads of the published loss."""
     model = make(family)
     ids, segments, positions, texts = batch()
     visible = segments >= 0
     for r, place, _, _ in texts[::2]:
         visible[r, place.stop - 3 : place.stop] = False
-        visible[r, place.start] = True  # where the completion is that short
+        visible[r, place.start] = True  # the completion may have only three tokens
     separate = []
     for r, place, text, prefix in texts:
         keys = torch.cat([visible[r, :prefix], visible[r, place]])[None].long()
@@ -168,20 +162,20 @@ def test_invisible_tokens_have_states_but_are_no_keys(family):
 
 
 @pytest.mark.parametrize("family", ["gptj", "gpt_neo", "llama", "mistral, window", "gemma2", "falcon"])
-def test_padding_changes_nothing_and_makes_no_nan(family):
+def test_padding_changes_nothing_and_causes_no_nan(family):
     model = make(family)
     use_sdpa(model)
     ids, segments, positions, _ = batch()
     real = segments >= 0
     states = shared_states(model, ids, segments, positions)
     assert states.isfinite().all()
-    assert all(g.isfinite().all() for g in gradients(model, states).values())  # through padding queries, too
+    assert all(g.isfinite().all() for g in gradients(model, states).values())  # including those through padding queries
     other = shared_states(model, torch.where(real, ids, 5), segments, positions)
     assert torch.equal(states[real], other[real])
 
 
-def test_a_mask_written_out_by_hand():
-    """Prefix 2, completions of 2 and 3 tokens, one padding; a window of 3 by position; place 6 is invisible."""
+def test_a_mask_by_hand():
+    """A prefix of 2, completions of 2 and 3 tokens and one pad; a window of 3 positions; place 6 is invisible."""
     segments = torch.tensor([[0, 0, 1, 1, 2, 2, 2, -1]])
     positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 0]])
     visible = torch.tensor([[True, True, True, True, True, True, False, False]])
@@ -205,7 +199,7 @@ def test_a_mask_written_out_by_hand():
         11..1...
         .1..11..
         ....11..
-        11......"""  # of the padding's row all that matters is that it is not empty
+        11......"""  # the pad's row only has to be nonempty
     for kind, picture in (("full_attention", full), ("sliding_attention", window)):
         want = torch.tensor([[c == "1" for c in line.strip()] for line in picture.split()])
         assert masks[kind].shape == (1, 1, 8, 8) and masks[kind].dtype == torch.float16
@@ -238,7 +232,7 @@ def test_padded_rows_of_one_completion_equal_single_sequences(family):
 
 
 def test_all_layers_share_one_mask_in_memory():
-    """SDPA would keep a copy per layer of a bool mask, or of one with another dtype under autocast, for backward."""
+    """For backward, SDPA would keep a copy per layer of a bool mask, and under autocast of one with another dtype."""
     model, kept = make("llama"), set()
     ids, segments, positions, _ = batch()
 
@@ -248,7 +242,7 @@ def test_all_layers_share_one_mask_in_memory():
         return t
 
     mask = attention_mask(segments, positions, segments >= 0, model.config, torch.bfloat16)
-    assert mask.stride(2) % 8 == 0 and ids.shape[1] % 8  # aligned although the row is not
+    assert mask.stride(2) % 8 == 0 and ids.shape[1] % 8  # aligned, although the row length is not
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     assert kept == {mask.untyped_storage().data_ptr()}
@@ -267,16 +261,16 @@ def test_sdpa_equals_the_original_attention(family, kind):
     model = copy.deepcopy(original)
     use_sdpa(model)
     got = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    if mask is not None:  # behind its end a text may see nothing at all, which has no right answer
+    if mask is not None:  # a pad may attend to nothing, which has no defined result
         got, want = got[keys], want[keys]
     assert_close(got, want)
     assert_close_gradients(gradients(model, got), gradients(original, want))
 
 
 def test_gptj_in_fp16_survives_scores_beyond_65504():
-    """Queries and keys of 40 x a unit-variance vector of 256: q.k is about 400,000 before scaling.
+    """Queries and keys are 40 x a unit-variance vector of 256: q.k is about 400,000 before scaling.
 
-    Eager attention casts q and k to fp32 against this in vain, because autocast casts them back to fp16.
+    Eager attention casts q and k to fp32 to prevent the overflow, but autocast casts them back to fp16.
     """
     config = CONFIG_MAPPING["gptj"](vocab_size=64, n_embd=256, n_head=1, n_layer=1, rotary_dim=32, n_positions=32)
     torch.manual_seed(0)
@@ -291,7 +285,7 @@ def test_gptj_in_fp16_survives_scores_beyond_65504():
         assert_close(model(ids).last_hidden_state.float(), exact, tolerance=5e-3)
 
 
-def test_use_sdpa_is_not_saved_and_leaves_others_alone(tmp_path):
+def test_use_sdpa_is_not_saved_and_changes_no_other_family(tmp_path):
     model = make("gpt_neo")
     use_sdpa(model)
     assert model.config._attn_implementation == "sdpa"

@@ -13,14 +13,14 @@ from conftest import ROOT
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The module tests/bench/gpu.py; its neighbours are called rows and peers, which no test should find."""
+    """The module tests/bench/gpu.py. No other test should import its neighbours rows and peers by accident."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
     yield importlib.import_module("gpu")
     for name in ("gpu", "peers", "rows"):
         sys.modules.pop(name)
 
 
-def test_the_benchmark_for_gpus_runs_through_on_the_cpu_and_its_table_goes_into_readme(gpu, tmp_path, monkeypatch):
+def test_the_gpu_benchmark_runs_on_the_cpu_and_writes_its_table_into_readme(gpu, tmp_path, monkeypatch):
     output = tmp_path / "gpu.json"
     command = [sys.executable, ROOT / "tests" / "bench" / "gpu.py", "--dry_run", "--output", output]
     run = subprocess.run(

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import write_jsonl
+from conftest import WORDS, write_jsonl
 
 from minirm import score
 from minirm.model import empty_model, load_config
@@ -23,7 +23,7 @@ def test_the_best_of_n_shares_a_tie_at_the_top():
     assert best_of_n(row([1.0], [2.0])) == 0
 
 
-def test_the_ties_subset_by_its_formula():
+def test_the_ties_subset_by_hand():
     """Prompt 1: margins 1 (tied) and 3 (ref), spread 0.5. Prompt 2: margins 0.2 and -1, spread 1. Prompt 3: tied only, wrong.
 
     tied right 2/3, ref right 1/2; margin over spread: 1 of 2, with the smaller margin 1 of 2;
@@ -47,7 +47,7 @@ def test_reward_bench_2_is_the_mean_of_its_subsets():
     assert reward_bench_2(rows) == {"Math": 0.5, "Focus": 1.0, "mean": 0.75}
 
 
-def test_rm_bench_by_the_styles_of_both_answers():
+def test_rm_bench_by_style():
     """chosen 1 2 3 against rejected 0 1.5 2.5: right in 3 + 2 + ... of the matrix [[1,0,0],[1,1,0],[1,1,1]]."""
     assert rm_bench([row([1.0, 2.0, 3.0], [0.0, 1.5, 2.5])]) == {
         "easy": 1.0,
@@ -84,25 +84,7 @@ def test_score_adds_the_benchmarks_scores_to_its_figures(model_folder, tmp_path,
     empty_model(config)
     weights = load_weights(str(model_folder("gpt2")), config, 0, published=True)
     export(weights, config, tokenizer, tmp_path / "model")
-    words = [
-        "the",
-        "a",
-        "good",
-        "bad",
-        "answer",
-        "question",
-        "is",
-        "was",
-        "not",
-        "very",
-        "short",
-        "long",
-        "clear",
-        "wrong",
-        "right",
-        "helpful",
-    ]
-    text = lambda n: " ".join(words[(n * k) % 16] for k in range(1, 5 + n % 3))
+    text = lambda n: " ".join(WORDS[(n * k) % 16] for k in range(1, 5 + n % 3))
     rows = [
         {"id": f"{kind}:{n}", "prompt": f"q{n}", "subset": "Ties", "chosen": [text(10 * n + k) for k in range(1 + 2 * (kind == "tied"))],
          "rejected": [text(7 + n), text(9 + n)], "num_correct": 1}
@@ -116,10 +98,8 @@ def test_score_adds_the_benchmarks_scores_to_its_figures(model_folder, tmp_path,
     assert found["best_of_n_accuracy"]["prompts"] == 10
     lists = [{"prompt": r["prompt"], "completions": r["chosen"] + r["rejected"]} for r in rows]
     again = write_jsonl(tmp_path / "lists.jsonl", lists)
-    assert (
-        score.main(["--model", str(tmp_path / "model"), "--data", str(again), "--output", str(tmp_path / "o.jsonl")])
-        == 0
-    )
+    flags = ["--model", str(tmp_path / "model"), "--data", str(again), "--output", str(tmp_path / "o.jsonl")]
+    assert score.main(flags) == 0
     capsys.readouterr()
     scores = [json.loads(line)["scores"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     wanted = [

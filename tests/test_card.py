@@ -13,15 +13,9 @@ from minirm.report.lines import PUBLISHED, data_table
 
 def card(data, tokenizer, folder, rows, result, loss="divergence", **more):
     write_jsonl(folder / "metrics.jsonl", rows)
-    flags = {
-        "model": "some/model",
-        "loss": loss,
-        "train_data": ["/home/me/x y.jsonl", "b.csv"],
-        "output_dir": "/home/me",
-    } | more
-    args = SimpleNamespace(
-        **flags, separator="\n", max_length=99, precision="bf16", train_embeddings=True, eval_data=None
-    )
+    flags = {"model": "some/model", "loss": loss, "output_dir": "/home/me", "separator": "\n", "max_length": 99}
+    flags |= {"train_data": ["/home/me/x y.jsonl", "b.csv"], "eval_data": None, "precision": "bf16"}
+    args = SimpleNamespace(**flags | more, train_embeddings=True)
     return model_card(args, data.report, result, tokenizer, folder)
 
 
@@ -46,9 +40,7 @@ def test_the_model_card_states_the_runs_numbers(small_data, characters, tmp_path
     assert "apply_chat_template" not in text and "/home/me" not in text
 
 
-def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluations_and_the_picture(
-    small_data, characters, tmp_path
-):
+def test_the_card_names_the_models_step_and_shows_ten_evaluations_and_the_plot(small_data, characters, tmp_path):
     rows = [{**EVALUATION, "step": 100 * i, "eval_loss": None if i == 3 else 0.5} for i in range(41)]
     (tmp_path / "curves.png").touch()
     text = card(small_data, characters, tmp_path, rows, EVALUATION)
@@ -58,14 +50,12 @@ def test_the_model_card_says_of_which_step_the_model_is_and_shows_ten_evaluation
     assert text.endswith("![curves](curves.png)\n")
 
 
-def test_the_card_of_a_model_trained_with_the_published_loss_says_where_its_figures_are_read(
-    small_data, characters, tmp_path
-):
+def test_the_card_of_a_published_loss_says_where_its_rewards_are_read(small_data, characters, tmp_path):
     assert PUBLISHED in card(small_data, characters, tmp_path, [EVALUATION], EVALUATION, loss="trlx")
     assert "trlx" not in card(small_data, characters, tmp_path, [EVALUATION], EVALUATION)
 
 
-def test_the_model_card_leaves_eos_to_a_tokenizer_that_adds_it(small_data, characters, tmp_path):
+def test_the_card_leaves_eos_to_a_tokenizer_that_adds_it(small_data, characters, tmp_path):
     assert "c + tokenizer.eos_token for p, c" in card(small_data, characters, tmp_path, [EVALUATION], EVALUATION)
     adding = make_tokenizer()
     special = [(adding.eos_token, adding.eos_token_id)]
@@ -74,7 +64,7 @@ def test_the_model_card_leaves_eos_to_a_tokenizer_that_adds_it(small_data, chara
     assert " + c for p, c in" in text and r'["prompt\nanswer"]' in text and "+ tokenizer.eos_token" not in text
 
 
-def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(small_data, tmp_path):
+def test_the_card_mentions_the_chat_template_if_there_is_one(small_data, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     assert "apply_chat_template" in card(small_data, tokenizer, tmp_path, [EVALUATION], EVALUATION)
@@ -83,17 +73,16 @@ def test_the_model_card_says_how_messages_become_text_where_there_is_a_template(
 HOSTILE = "\x1b[2J\x1b]0;x\x07 a|b\n---\n# `c` ```\u202e"
 
 
-def test_hostile_names_of_files_models_and_tokens_leave_table_and_card_whole(small_data, characters, tmp_path):
-    """Escape sequences, line breaks, pipes, backticks and YAML markers are escaped in place, on one line each."""
+def test_hostile_names_of_files_models_and_tokens_are_escaped(small_data, characters, tmp_path):
+    """Escape sequences, line breaks, pipes, backticks and YAML markers are escaped, and every name stays on its line."""
     report = {
         part: [row | {"source": HOSTILE, "schema": HOSTILE} for row in rows] for part, rows in small_data.report.items()
     }
     report["train"] *= 2
     table = data_table(report, "shared")
     assert all(c.isprintable() for line in table.split("\n") for c in line)
-    assert len(table.split("\n")) == len(
-        data_table({p: [r | {"source": "x"} for r in rows] for p, rows in report.items()}, "shared").split("\n")
-    )
+    harmless = {part: [row | {"source": "x"} for row in rows] for part, rows in report.items()}
+    assert table.count("\n") == data_table(harmless, "shared").count("\n")
     hostile = make_tokenizer(eos="`e`")
     more = {"model": HOSTILE, "train_data": [HOSTILE]}
     text = card(small_data._replace(report=report), hostile, tmp_path, [EVALUATION], EVALUATION, **more)

@@ -28,19 +28,19 @@ from minirm.rows import collate
         ("p", "", "p"),
     ],
 )
-def test_the_separator_stands_between_unless_whitespace_does(prompt, answer, text):
+def test_the_separator_is_inserted_unless_there_is_whitespace(prompt, answer, text):
     assert join(prompt, answer, "|") == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chat templates, in the shapes that published models have
+# Chat templates like those of published models
 
 
 class Chat(NamedTuple):
     template: str
-    end: str  # the token at which the reward of an answer is read
+    end: str  # the token whose reward is the answer's
     rendered: str  # a question "hi" and an answer "yo"
-    bos: int = 0  # how often BOS stands in it
+    bos: int = 0  # how often it contains BOS
 
 
 CHATS = {
@@ -134,7 +134,7 @@ LONG = [*TALK, {"role": "user", "content": "and\nthen? "}, {"role": "assistant",
 
 
 def chat_tokenizer(name, template="<s> $A"):
-    """A tokenizer without merges that itself adds BOS, with one of the templates above."""
+    """A tokenizer without merges that adds BOS by itself, with one of the templates above."""
     tokenizer = with_template(template)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.chat_template = CHATS[name].template
@@ -142,7 +142,7 @@ def chat_tokenizer(name, template="<s> $A"):
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_a_conversation_ends_at_the_token_that_is_scored_and_has_bos_once(name, tmp_path):
+def test_a_conversation_ends_with_the_scored_token_and_has_one_bos(name, tmp_path):
     chat, tokenizer = CHATS[name], chat_tokenizer(name)
     set_chat_template(tokenizer)
     end = tokenizer.convert_tokens_to_ids(chat.end)
@@ -160,7 +160,7 @@ def test_a_conversation_ends_at_the_token_that_is_scored_and_has_bos_once(name, 
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_prompts_for_generation_stay_as_they_are(name):
+def test_generation_prompts_are_unchanged(name):
     before, after = chat_tokenizer(name), chat_tokenizer(name)
     set_chat_template(after)
     once = after.chat_template
@@ -171,7 +171,7 @@ def test_prompts_for_generation_stay_as_they_are(name):
     assert after.chat_template == once
 
 
-def test_a_template_that_already_ends_where_it_should_is_left_alone():
+def test_a_template_that_already_ends_with_the_scored_token_is_unchanged():
     for name, kept in (("Llama 2", True), ("Llama 3", True), ("ChatML", False), ("no end of a turn", False)):
         tokenizer = chat_tokenizer(name)
         set_chat_template(tokenizer)
@@ -179,8 +179,8 @@ def test_a_template_that_already_ends_where_it_should_is_left_alone():
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_an_over_long_conversation_loses_its_left_end_but_neither_bos_nor_anything_of_the_answer(name, tmp_path):
-    """From one token up to the whole question "hello" is cut; what remains is BOS and the end of the text."""
+def test_an_overlong_conversation_is_cut_on_the_left_after_bos(name, tmp_path):
+    """Up to the whole question "hello" is cut. BOS and the end of the text remain."""
     chat, tokenizer = CHATS[name], chat_tokenizer(name)
     set_chat_template(tokenizer)
     ask = [{"role": "user", "content": "hello"}]
@@ -198,7 +198,7 @@ def test_an_over_long_conversation_loses_its_left_end_but_neither_bos_nor_anythi
         assert tokenizer.decode(found[0]).endswith(NINE + tokenizer.decode(whole[0]).split(NINE)[1])
 
 
-def test_messages_without_a_template_are_refused_with_what_to_do(characters, tmp_path):
+def test_messages_without_a_template_are_refused_with_a_remedy(characters, tmp_path):
     path = str(write_jsonl(tmp_path / "x.jsonl", [{"prompt": TALK, "chosen": NINE, "rejected": ELEVEN}]))
     assert refusal(prepare, characters, [path], cache_dir=tmp_path) == (
         f"{path}:1: chat data, but the tokenizer has no chat template; pass one with --chat_template FILE, or use a chat "
@@ -230,7 +230,7 @@ def test_messages_that_the_template_refuses_are_named(tmp_path):
         (b"{{ messages[5].content }}", "cannot render a question and an answer ("),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_refused(characters, tmp_path, content, why):
+def test_an_unusable_chat_template_is_refused(characters, tmp_path, content, why):
     path = tmp_path / "chat.jinja"
     if content is not None:
         path.write_bytes(content)
@@ -238,7 +238,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(characters, tmp_path, co
     assert refusal(set_chat_template, tokenizer, str(path)).startswith(f"--chat_template {path}: {why}")
 
 
-# What the tokenizer adds by itself, its EOS, BOS and pad token, and its padding side
+# name: (what the tokenizer adds by itself, EOS, BOS, pad token, padding side)
 SORTS = {
     "adds nothing": ("$A", "</s>", "<s>", None, "right"),
     "adds BOS": ("<s> $A", "</s>", "<s>", None, "right"),
@@ -251,8 +251,8 @@ SORTS = {
 
 @pytest.mark.parametrize("kind", ["strings", "ChatML", "Llama 3", "Llama 2", "no end of a turn"])
 @pytest.mark.parametrize("sort", SORTS)
-def test_the_scored_token_is_the_end_of_the_answer_whatever_the_tokenizer_and_the_length(sort, kind, tmp_path):
-    """Texts are short, exactly --max_length long, or cut, with EOS in prompt and answer. Checked by id in the batch."""
+def test_the_scored_token_ends_the_answer_for_every_tokenizer_and_length(sort, kind, tmp_path):
+    """Texts are short, exactly --max_length long, or cut. Prompt and answer contain EOS. The ids in the batch are checked."""
     template, eos, bos, pad, side = SORTS[sort]
     tokenizer = make_tokenizer(eos=eos, bos=None if bos == eos else bos, pad=None if pad == eos else pad, texts=["x"])
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

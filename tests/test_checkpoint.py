@@ -21,13 +21,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoint")
 
 
-# -- The best is kept. --------------------------------------------------------------------------------------------------
+# -- The best model. ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def worsening(eight_steps, folder):
-    """Flags of a run of 8 steps whose held-out pairs are its training pairs with the sides swapped. Training makes the
-    held-out loss worse, so among the evaluations at 2, 4, 6 and 8 the first has the lowest loss."""
+    """Flags of a run of 8 steps whose held-out pairs are its training pairs with the sides swapped. Training raises the
+    held-out loss, so of the evaluations at steps 2, 4, 6 and 8 the first has the lowest."""
     pairs = make_comparisons(24)
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     data = ["--train_data", write_jsonl(folder / "straight.jsonl", pairs)]
@@ -37,13 +37,13 @@ def worsening(eight_steps, folder):
 
 @pytest.fixture(scope="module")
 def worse(server, worsening, folder):
-    """A finished run with those flags on two processes."""
+    """A finished run with the flags `worsening` on two processes."""
     assert server.run(*worsening, "--output_dir", folder / "worse", world=2).codes == [0, 0]
     return folder / "worse"
 
 
 def weights(folder, part=""):
-    """{name in RewardModel: bytes} of a trained model, or of a checkpoint's "model." or "best.", with shards merged."""
+    """{name in RewardModel: bytes} of a model folder, or of part "model." or "best." of a checkpoint, with shards merged."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
@@ -57,8 +57,8 @@ def losses(output):
     return {row["step"]: row["eval_loss"] for row in rows_without_speeds(output) if row["step"] and "eval_loss" in row}
 
 
-def test_the_exported_model_is_that_of_the_lowest_loss(server, worsening, worse, tmp_path):
-    """It is compared with a run that ends there and, for --keep last, with the last checkpoint."""
+def test_the_exported_model_is_the_one_with_the_lowest_loss(server, worsening, worse, tmp_path):
+    """The export equals that of a run that ends at the best step, and with --keep last the last checkpoint."""
     assert min(losses(worse), key=losses(worse).get) == 2
     run = server.run(*worsening, "--max_steps", 2, "--output_dir", tmp_path / "two", world=2)
     assert "loss was lowest" not in run.text()
@@ -71,7 +71,7 @@ def test_the_exported_model_is_that_of_the_lowest_loss(server, worsening, worse,
     assert losses(tmp_path / "last") == losses(worse)
 
 
-def test_the_best_is_kept_where_the_head_alone_is_trained_and_lies_on_one_of_two_processes(server, worsening, tmp_path):
+def test_the_best_head_is_kept_although_one_of_two_processes_holds_it(server, worsening, tmp_path):
     flags = [*worsening, "--freeze_ratio", 1, "--head_learning_rate", 0.1]
     for steps in (2, 8):
         assert server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / str(steps), world=2).codes == [0, 0]
@@ -80,13 +80,13 @@ def test_the_best_is_kept_where_the_head_alone_is_trained_and_lies_on_one_of_two
     assert weights(tmp_path / "8" / "checkpoint-8", "best.").keys() == {"score.weight"}
 
 
-def test_a_checkpoint_has_the_best_parameters_unless_they_are_its_own(worse):
+def test_a_checkpoint_stores_the_best_parameters_unless_they_are_its_own(worse):
     assert weights(worse / "checkpoint-2", "best.") == {}
     for step in (4, 6, 8):
         assert weights(worse / f"checkpoint-{step}", "best.") == weights(worse / "checkpoint-2", "model.")
 
 
-def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worsening, tmp_path):
+def test_the_last_line_and_the_card_report_the_best_and_the_last_evaluation(server, worsening, tmp_path):
     run = server.run(*worsening, "--max_steps", 4, "--output_dir", tmp_path / "run")
     two, four = [row for row in rows_without_speeds(tmp_path / "run") if row["step"] and "eval_loss" in row]
     assert (
@@ -99,8 +99,8 @@ def test_the_last_line_and_the_model_card_have_the_figures_of_both(server, worse
         assert f"| {row['step']} | {row['eval_loss']:.4f} | {row['eval_accuracy']:.4f} |" in card
 
 
-def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, eight_steps, tmp_path):
-    """At this high learning rate the loss rises and falls; it is lowest neither at the first nor at the last step."""
+def test_a_better_evaluation_replaces_the_previous_best(server, eight_steps, tmp_path):
+    """At this high learning rate the loss goes up and down. Its minimum is neither at the first nor at the last step."""
     flags = [*eight_steps, "--learning_rate", 3e-2, "--warmup_steps", 0, "--eval_steps", 1]
     assert server.run(*flags, "--output_dir", tmp_path / "run").codes == [0]
     loss = losses(tmp_path / "run")
@@ -110,7 +110,7 @@ def test_a_better_evaluation_takes_the_place_of_the_best_before_it(server, eight
     assert weights(tmp_path / "run") == weights(tmp_path / "best")
 
 
-def test_the_best_comes_through_other_numbers_of_processes_to_the_bit(server, worsening, worse, tmp_path):
+def test_the_best_survives_other_numbers_of_processes_bitwise(server, worsening, worse, tmp_path):
     for world, steps in ((2, 3), (3, 5), (1, 7), (2, 8)):
         run = server.run(*worsening, "--max_steps", steps, "--output_dir", tmp_path / "run", world=world)
         assert run.codes == [0] * world, run.text()
@@ -119,8 +119,8 @@ def test_the_best_comes_through_other_numbers_of_processes_to_the_bit(server, wo
 
 
 @pytest.mark.parametrize("step", [2, 8])
-def test_a_run_stopped_before_the_evaluation_of_its_step_makes_it_up(server, worsening, worse, tmp_path, step):
-    """A signal saves the step and ends the run before the evaluation, once at the best step and once at the last."""
+def test_a_run_stopped_before_an_evaluation_makes_up_for_it(server, worsening, worse, tmp_path, step):
+    """A signal at the best or the last step saves a checkpoint and ends the run before the evaluation of that step."""
     signals = f"""
 import os
 agree, calls = train.run.agree, []
@@ -140,7 +140,7 @@ train.run.agree = signalled
 # -- The files. ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path):
+def test_every_flipped_bit_and_truncation_of_a_checkpoint_is_noticed(finished, tmp_path):
     rng, whole = random.Random(0), finished / "checkpoint-8"
     assert verify(whole)["step"] == 8
     for number in range(200):
@@ -161,8 +161,8 @@ def test_every_flip_and_every_cut_of_a_checkpoint_is_noticed(finished, tmp_path)
         assert type(error.value) is ValueError and "\n" not in str(error.value), f"{path.name}, byte {place}"
 
 
-def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_together(finished, tmp_path):
-    """The digests are right but the contents are not; none of this may end in a traceback."""
+def test_an_inconsistent_checkpoint_with_valid_digests_is_refused(finished, tmp_path):
+    """The digests match, but the contents are wrong. Every case is refused without a traceback."""
     from minirm.files import file_digest
 
     for number, change in enumerate(
@@ -190,27 +190,24 @@ def test_a_checkpoint_from_a_stranger_is_refused_if_its_parts_do_not_fit_togethe
 
 
 def test_no_pickle_is_written_or_read(server, eight_steps, finished, tmp_path):
-    """Unpickling is forbidden, then a run resumes from a checkpoint."""
+    """A run resumes from a checkpoint while pickle and torch.save are forbidden."""
     output = unfinished(finished, tmp_path / "run", 4)
-    run = server.run(
-        *eight_steps,
-        *("--output_dir", output),
-        patch="""
+    patch = """
 import pickle, torch
 def forbidden(*arguments, **options): raise AssertionError("a pickle")
 pickle.load = pickle.loads = torch.load = torch.save = torch.serialization.load = torch.serialization.save = forbidden
-""",
-    )
+"""
+    run = server.run(*eight_steps, "--output_dir", output, patch=patch)
     assert run.codes == [0] and "goes on from" in run.text(), run.text()
     kinds = {path.suffix for path in output.rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors", ".md", ""}
     assert {p.name for p in output.rglob("*") if p.is_file() and not p.suffix} == {"SHA256SUMS"}
 
 
-def test_a_checkpoint_takes_twelve_bytes_for_each_trained_parameter(server, eight_steps, tmp_path):
-    """GPT-J's 28 layers, 8 of them trained: an fp32 parameter and Adam's two moments, within 5 %.
+def test_a_checkpoint_takes_twelve_bytes_per_trained_parameter(server, eight_steps, tmp_path):
+    """8 of GPT-J's 28 layers are trained: an fp32 parameter and Adam's two moments each, within 5 %.
 
-    With width h a layer has 4 h^2 + 8 h^2 + 5 h + h + h = 12 h^2 + 7 h parameters, the final norm 2 h, the head h.
+    With width h, a layer has 4 h^2 + 8 h^2 + 5 h + h + h = 12 h^2 + 7 h parameters, the final norm 2 h, the head h.
     """
     h = 64
     model = make_model(tmp_path / "model", "gptj", n_embd=h, n_layer=28)

@@ -26,7 +26,7 @@ from minirm.data.demo import (
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """Read the standard library once and shorten the warm-up, which take longer than everything else here."""
+    """Read the standard library once and shorten the warm-up. Both take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minirm.data.demo, "read_docstrings", functools.cache(read_docstrings))
         patch.setattr(minirm.data.demo, "WARM_UP_STEPS", 2)
@@ -45,13 +45,13 @@ def demo(tmp_path_factory):
         return build_demo()
 
 
-def test_there_are_some_hundred_held_out_pairs_and_thousands_to_train_on(comparisons):
+def test_the_demo_has_hundreds_of_held_out_and_thousands_of_training_pairs(comparisons):
     train, held_out, texts = comparisons
     assert 200 <= EVAL_PROMPTS <= len({row["prompt"] for row in held_out}) + 5 and len(held_out) <= 3 * EVAL_PROMPTS
     assert len(train) > 2000 and len(texts) >= len({row["prompt"] for row in train})
 
 
-def test_no_prompt_and_no_chosen_answer_is_on_both_sides(comparisons):
+def test_no_prompt_and_no_chosen_answer_is_in_both_splits(comparisons):
     train, held_out, texts = comparisons
     for key in ("prompt", "chosen"):
         assert not {row[key] for row in train} & {row[key] for row in held_out}
@@ -59,7 +59,7 @@ def test_no_prompt_and_no_chosen_answer_is_on_both_sides(comparisons):
     assert not warmed_up_on & {row["chosen"] for row in held_out}
 
 
-def test_every_row_is_four_strings_with_answers_of_5_to_25_words_that_differ(comparisons):
+def test_every_row_has_two_different_answers_of_5_to_25_words(comparisons):
     for rows in comparisons[:2]:
         for row in rows:
             assert list(row) == ["prompt", "chosen", "rejected", "subset"]
@@ -69,7 +69,7 @@ def test_every_row_is_four_strings_with_answers_of_5_to_25_words_that_differ(com
         assert len({tuple(row.values())[:3] for row in rows}) == len(rows)
 
 
-def test_a_prompt_has_some_comparisons_and_always_the_same_chosen_answer(comparisons):
+def test_all_comparisons_of_a_prompt_share_the_chosen_answer(comparisons):
     for rows in comparisons[:2]:
         answers = {}
         for row in rows:
@@ -79,19 +79,19 @@ def test_a_prompt_has_some_comparisons_and_always_the_same_chosen_answer(compari
 
 
 @pytest.mark.parametrize("unit", ["characters", "words", "tokens"])
-def test_neither_the_longer_nor_the_shorter_answer_is_right_in_60_percent_of_the_pairs(comparisons, unit):
+def test_choosing_by_length_is_right_in_less_than_60_percent_of_pairs(comparisons, unit):
     _, held_out, texts = comparisons
     tokenizer = train_tokenizer(texts)
     split = {"characters": list, "words": str.split, "tokens": tokenizer.tokenize}[unit]
     pairs = [(len(split(row["chosen"])), len(split(row["rejected"]))) for row in held_out]
     assert sum(chosen > rejected for chosen, rejected in pairs) / len(pairs) < 0.60
     assert sum(chosen < rejected for chosen, rejected in pairs) / len(pairs) < 0.60
-    # Most pairs are equally long. Where they are not, neither rule may win by much, if there are enough to say so.
+    # Most pairs have equal lengths. Among the others, if they are many enough to tell, neither rule may win by much.
     differ = [chosen > rejected for chosen, rejected in pairs if chosen != rejected]
     assert len(differ) < 20 or 0.2 < sum(differ) / len(differ) < 0.8
 
 
-def test_rejected_answers_have_as_many_words_and_shuffled_ones_the_same(comparisons):
+def test_rejected_answers_have_as_many_words_as_the_chosen_ones(comparisons):
     for row in comparisons[1]:
         chosen, rejected = row["chosen"].split(), row["rejected"].split()
         assert len(chosen) == len(rejected)
@@ -100,13 +100,13 @@ def test_rejected_answers_have_as_many_words_and_shuffled_ones_the_same(comparis
             assert (chosen[0], chosen[-1]) == (rejected[0], rejected[-1])
 
 
-def test_the_same_seed_gives_the_same_comparisons_and_another_seed_another_split(comparisons):
+def test_the_seed_determines_the_comparisons_and_the_split(comparisons):
     assert make_comparisons(seed=0) == comparisons  # no hash order, no clock, no global random numbers
     assert make_comparisons(seed=1)[1] != comparisons[1]
 
 
 def test_prompts_are_signatures_with_the_rest_of_the_docstring(tmp_path):
-    """Four docstrings are usable; the others have too few words, no capital, or a repeated prompt."""
+    """Four docstrings are usable. The others have too few words or no capital, or are in a test folder."""
     (tmp_path / "shop.py").write_text(
         "class Till(Box):\n"
         "    '''Counts the money of one day, e.g. in the evening. Not thread safe at all.'''\n"
@@ -133,8 +133,8 @@ def test_prompts_are_signatures_with_the_rest_of_the_docstring(tmp_path):
     }
 
 
-def test_a_library_without_sources_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="expected at least 1000 usable docstrings .* found 0 in") as refusal:
+def test_a_standard_library_without_sources_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="has 0 that can be used and 1000 are needed") as refusal:
         make_comparisons(library=tmp_path)
     assert "\n" not in str(refusal.value)
 
@@ -147,7 +147,7 @@ def test_the_model_loads_with_the_auto_classes_and_reads_the_tokens(demo, compar
     assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     text = "os.fspath(path)\nReturn the path — “as is”."
     ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text  # nothing added, nothing lost
+    assert tokenizer.decode(ids) == text  # nothing is added or lost
     assert ids == train_tokenizer(comparisons[2])(text)["input_ids"]  # saving and loading changed nothing
     assert max(ids) < len(tokenizer) == model.config.vocab_size <= 2048
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_the_files_hold_the_comparisons(demo, comparisons):
         assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
 
 
-def test_a_finished_demo_is_not_built_again_and_nothing_else_is_left_beside_it(demo, monkeypatch):
+def test_a_finished_demo_is_not_built_again(demo, monkeypatch):
     folder = demo.model.parent
     monkeypatch.setenv("MINIRM_CACHE", str(folder.parent))
     monkeypatch.setattr(minirm.data.demo, "make_comparisons", None)
@@ -183,11 +183,11 @@ def cache(tmp_path, monkeypatch, comparisons):
     return tmp_path
 
 
-def test_two_that_build_at_once_both_end_with_the_same_demo(cache, monkeypatch):
+def test_two_concurrent_builds_end_with_the_same_demo(cache, monkeypatch):
     together, warm_up, results = threading.Barrier(2, timeout=60), minirm.data.demo.warm_up, []
 
     def warm_up_and_wait(*args):
-        together.wait()  # neither has finished when the other starts: both will want to rename
+        together.wait()  # neither has finished when the other starts, so both will rename
         return warm_up(*args)
 
     monkeypatch.setattr(minirm.data.demo, "warm_up", warm_up_and_wait)
@@ -210,13 +210,13 @@ def test_a_build_that_dies_leaves_no_demo_behind(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_another_seed_or_more_steps_make_another_demo(cache, monkeypatch):
+def test_another_seed_or_number_of_steps_makes_another_demo(cache, monkeypatch):
     made = {build_demo(), build_demo(seed=1)}
     monkeypatch.setattr(minirm.data.demo, "WARM_UP_STEPS", 1)
     assert len(made | {build_demo()}) == 3 == len(list(cache.iterdir()))
 
 
-def test_building_is_the_same_twice_and_leaves_the_global_random_numbers_alone(cache, monkeypatch):
+def test_building_is_deterministic_and_leaves_the_global_rng_alone(cache, monkeypatch):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -1,7 +1,7 @@
-"""The exported model in the programs that use it: `python -m pytest tests/test_export.py`. Tiny models, no network.
+"""Exported models in the programs that load them: `python -m pytest tests/test_export.py`. Tiny models, no network.
 
-Ten families go through the real command. A patch of train.py's process records the rewards of the held-out answers in
-the last evaluation; every program that loads the folder has to reproduce them.
+train.py trains ten families. A patch records the rewards of the held-out answers in the last evaluation, and every
+program that loads the exported folder has to reproduce them.
 """
 
 import itertools
@@ -23,10 +23,10 @@ from minirm.weights import export
 
 FAMILIES = sorted(CONFIGS)
 
-# GPT-2 numbers positions without regard to the mask, so that padding on the left moves every token; OPT does look at it.
+# GPT-2 ignores the mask when it numbers positions, so padding on the left moves every token. OPT respects the mask.
 LEFT = [family for family in FAMILIES if family != "gpt2"]
 
-# Of the last evaluation: [[ids of a held-out answer with its prompt, the trainer's reward], ...].
+# Writes [[ids of a held-out answer with its prompt, the trainer's reward], ...] of the last evaluation to $NOTED.
 NOTE_REWARDS = """
 import json, os, torch
 collate, comparison_loss, noted, groups = train.collate, train.comparison_loss, {}, {}
@@ -85,7 +85,7 @@ def trained(server, model_folder, data, tmp_path_factory):
     return get
 
 
-# -- The trainer's own rewards, from everybody. -------------------------------------------------------------------------
+# -- The trainer's rewards in other programs. ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -110,14 +110,14 @@ def load_elsewhere(caplog, capfd):
     return get
 
 
-def test_a_plain_language_model_loaded_elsewhere_does_warn(load_elsewhere, model_folder):
-    """This gives the silence below its meaning."""
+def test_transformers_warns_about_a_plain_language_model(load_elsewhere, model_folder):
+    """So the absence of warnings in the next test means something."""
     _, info, said = load_elsewhere(model_folder("gptj"))
     assert "newly initialized" in said and info["missing_keys"] == {"score.weight"}
 
 
 def in_batches(model, tokenizer, texts, size):
-    """{text: reward}, `size` texts at a time, padded as the tokenizer does."""
+    """{text: reward}, computed in batches of `size` texts that the tokenizer pads."""
     rewards = {}
     for i in range(0, len(texts), size):
         batch = tokenizer(texts[i : i + size], padding=True, return_tensors="pt")
@@ -138,9 +138,8 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     assert model.config.num_labels == 1
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert all(
-        tokenizer(text)["input_ids"] == ids and text.endswith(tokenizer.eos_token) for text, (ids, _) in noted.items()
-    )
+    assert all(tokenizer(text)["input_ids"] == ids for text, (ids, _) in noted.items())
+    assert all(text.endswith(tokenizer.eos_token) for text in noted)
     texts = list(noted)
     assert tokenizer.padding_side == "right"
     assert in_batches(model, tokenizer, texts, 1) == wanted
@@ -149,7 +148,7 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     left = in_batches(model, tokenizer, texts, 8)
     assert left == wanted if family in LEFT else left != wanted
 
-    # The function in the model card, as it stands there.
+    # The function in the model card, verbatim.
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     exec(code, card := {"folder": folder})  # noqa: S102 - of our own making
     prompts, answers = zip(*(text.removesuffix(tokenizer.eos_token).split("\n") for text in texts))
@@ -161,7 +160,7 @@ def test_the_exported_folder_gives_the_trainers_rewards(load_elsewhere, trained,
     assert {answer["label"] for answer in answers} == {"LABEL_0"}
 
 
-def test_the_functions_in_card_and_readme_join_prompt_and_answer_as_training_does(trained):
+def test_the_code_in_card_and_readme_joins_prompt_and_answer_as_training_does(trained):
     folder, _ = trained("llama")
     parts = [("a", "b"), ("a question:", " an answer"), ("a\n", "an answer"), ("", "an answer"), ("a", "")]
     texts = [join(*part, "\n") + "<|endoftext|>" for part in parts]
@@ -213,7 +212,7 @@ def test_the_export_keeps_its_contract(trained, family):
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_text_that_is_cut_keeps_its_eos(trained):
+def test_a_truncated_text_keeps_its_eos(trained):
     folder, noted = trained("llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text, (ids, _) = max(noted.items(), key=lambda item: len(item[1][0]))
@@ -221,7 +220,7 @@ def test_a_text_that_is_cut_keeps_its_eos(trained):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_model_given_as_model_keeps_its_head_and_scores(trained, family):
+def test_an_exported_model_given_as_model_keeps_its_head_and_rewards(trained, family):
     folder, noted = trained(family)
     again, config, tokenizer = load(folder, seed=99)
     weights = load_file(folder / "model.safetensors")
@@ -233,18 +232,18 @@ def test_an_exported_model_given_as_model_keeps_its_head_and_scores(trained, fam
             assert again(torch.tensor([ids]))[0, -1].item() == pytest.approx(reward, abs=1e-4)
 
 
-# -- Whole or not there. ------------------------------------------------------------------------------------------------
+# -- All or nothing. ----------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Nothing catches it but `except BaseException`, and what that then does to files raises it as well."""
+    """Only `except BaseException` catches it, and any file operation there raises it again."""
 
 
 CALLS = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
 
 def killed_before(monkeypatch, number):
-    """Make every call that changes a folder or waits for the disk fail from the `number`-th on, until undone."""
+    """Let `number` calls that change a folder or wait for the disk pass, and make all later ones raise Killed."""
     count = 0
 
     def guarded(name):
@@ -265,7 +264,7 @@ def killed_before(monkeypatch, number):
 
 @pytest.fixture(scope="module")
 def versions(model_folder):
-    """Contents of two exports of a run: {mean in the config: (weights, config, tokenizer, rewards of IDS)}."""
+    """Two models to export: {mean in the config: (weights, config, tokenizer, rewards of IDS)}."""
     made = {}
     for mean in (1.0, 2.0):
         model, config, tokenizer = load(model_folder("llama"), seed=int(mean))
@@ -287,7 +286,7 @@ def write(output, versions, mean, size):
 
 
 def loaded(output, versions):
-    """The version that the folder's config and weights load as; None if it does not load."""
+    """The version that loads from the folder, by its config's mean; None if none does."""
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
     except ValueError as error:
@@ -311,9 +310,7 @@ def test_a_large_model_is_exported_in_shards_with_an_index(versions, tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [(SINGLE, SINGLE), (SINGLE, SHARDED), (SHARDED, SINGLE), (SHARDED, "70KB")])
-def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_none_that_loads(
-    versions, tmp_path, before, after
-):
+def test_a_killed_export_leaves_the_old_model_the_new_one_or_none(versions, tmp_path, before, after):
     """Kill between any two calls that change the folder, then export again."""
     write(tmp_path / "before", versions, 1.0, before)
     (tmp_path / "before" / "metrics.jsonl").write_text("{}\n")
@@ -332,11 +329,11 @@ def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_
         seen.append(loaded(output, versions))
         if not killed:
             break
-        shutil.rmtree(output / "model.partial", ignore_errors=True)  # as the start of a run does, see begin()
+        shutil.rmtree(output / "model.partial", ignore_errors=True)  # as begin() does when a run starts
         write(output, versions, 2.0, after)
         assert loaded(output, versions) == 2.0
     assert seen[0] == 1.0 and seen[-1] == 2.0 and None in seen
-    assert seen == sorted(seen, key=[1.0, None, 2.0].index)  # the old one, then none for a moment, then the new one
+    assert seen == sorted(seen, key=[1.0, None, 2.0].index)  # the old one, then none, then the new one
     assert not list(output.glob("*.partial")) and (output / "metrics.jsonl").read_text() == "{}\n"
     write(tmp_path / "alone", versions, 2.0, after)
     assert {path.name for path in output.iterdir()} - {"metrics.jsonl"} == {
@@ -346,7 +343,7 @@ def test_killed_anywhere_an_export_leaves_the_model_of_before_or_the_new_one_or_
 
 @pytest.fixture(scope="module")
 def runs(server, model_folder, data, tmp_path_factory):
-    """The flags of a run without its length, and its folders after 2 and 4 steps, with checkpoints."""
+    """(flags without --max_steps, folder after 2 steps, folder after 4 steps), with checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--model", model_folder("gptj"), *data, "--learning_rate", 1e-2, "--save_steps", 2, "--keep", "last"]
     for steps in (2, 4):
@@ -355,7 +352,7 @@ def runs(server, model_folder, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["writing", "moving", "full disk"])
-def test_a_prolonged_run_that_ends_in_its_export_is_whole_after_the_same_command(server, runs, tmp_path, stage):
+def test_an_interrupted_export_of_a_longer_run_is_completed_by_the_same_command(server, runs, tmp_path, stage):
     flags, short, long = runs
     output = tmp_path / "out"
     shutil.copytree(short, output)

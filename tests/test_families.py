@@ -37,14 +37,14 @@ def config_of(folder: Path) -> dict:
 
 # -- Families. -----------------------------------------------------------------------------------------------------------
 
-# Those that differ most; how rows are laid out, and whether code beside the weights loads them.
+# The families that differ most: (row layout, whether the export needs code beside the weights).
 UNLIKE = {
     "bloom": ("separate", False),  # alibi
     "cohere2": ("shared", True),  # sliding windows, layers without positions
-    "ctrl": ("shared", True),  # positions are computed, not stored; layers in a list called h
+    "ctrl": ("shared", True),  # computes positions instead of storing them; layers in a list called h
     "deepseek_v3": ("shared", False),  # MLA, experts
-    "falcon_h1": ("separate", True),  # attention and Mamba 2 in one layer; buffers that no checkpoint has
-    "gemma3n_text": ("shared", True),  # keys and values of other layers
+    "falcon_h1": ("separate", True),  # attention and Mamba 2 in one layer; buffers that are not stored
+    "gemma3n_text": ("shared", True),  # layers use the keys and values of other layers
     "gemma4_text": ("shared", True),  # embeddings per layer
     "gpt_oss": ("shared", False),  # attention sinks
     "granitemoehybrid": ("separate", True),
@@ -56,7 +56,7 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("family", UNLIKE)
-def test_a_family_trains_and_its_rewards_are_the_same_elsewhere(family, tmp_path):
+def test_a_family_trains_and_transformers_gives_the_same_rewards(family, tmp_path):
     if family not in families.families():
         pytest.skip("transformers is older than this family")
     layout, code = UNLIKE[family]
@@ -69,7 +69,7 @@ def test_a_family_trains_and_its_rewards_are_the_same_elsewhere(family, tmp_path
         assert "from_pretrained(folder, trust_remote_code=True)" in card and LOADER in card
 
 
-def test_a_family_with_a_class_brings_no_code_and_loses_that_of_its_base(model_folder, tmp_path):
+def test_a_family_with_a_class_is_exported_without_code(model_folder, tmp_path):
     config, tokenizer = load_config(str(model_folder("llama")))
     config.auto_map = {"AutoModel": "code.Model"}
     model = empty_model(config)
@@ -78,23 +78,19 @@ def test_a_family_with_a_class_brings_no_code_and_loses_that_of_its_base(model_f
 
 
 def decoders():
-    """(configuration, causal class) of all transformers decoders whose configuration has defaults."""
+    """(configuration, causal class) of every decoder in transformers whose configuration has defaults."""
     for kind, lm in auto.MODEL_FOR_CAUSAL_LM_MAPPING.items():
         try:
             config = kind()
-        except Exception:  # noqa: BLE001 - it has none
+        except Exception:  # noqa: BLE001 - it has no defaults
             config = None
-        if (
-            config
-            and config.get_text_config(decoder=True) is config
-            and kind in auto.MODEL_MAPPING
-            and is_causal(config)
-        ):
+        text = config and config.get_text_config(decoder=True) is config
+        if text and kind in auto.MODEL_MAPPING and is_causal(config):
             yield config, lm
 
 
-def test_the_names_of_all_classes_are_those_that_vllm_resolves():
-    """For XForSequenceClassification vLLM looks for a model it knows as XForCausalLM or XLMHeadModel."""
+def test_vllm_resolves_the_names_of_all_classes():
+    """For XForSequenceClassification vLLM looks for XForCausalLM or XLMHeadModel among the models it knows."""
     seen = Counter()
     for config, lm in decoders():
         if source := loader(config):
@@ -105,8 +101,8 @@ def test_the_names_of_all_classes_are_those_that_vllm_resolves():
     assert min(seen.values()) > 20
 
 
-def test_a_table_of_more_than_the_tokens_gets_no_pad_token(tmp_path, monkeypatch):
-    """CPM-Ant's prompts follow its tokens: one more token would shift them."""
+def test_an_embedding_table_of_more_than_tokens_gets_no_pad_token(tmp_path, monkeypatch):
+    """CPM-Ant's table holds its prompts after its tokens, and one more token would shift them."""
     monkeypatch.setattr(families, "NO_ROOM", ())
     folder = families.make_family(families.families()["cpmant"], tmp_path)
     config, _ = load_config(str(folder))
@@ -121,8 +117,8 @@ def test_a_model_that_cannot_grow_by_a_pad_token_is_refused_before_loading(tmp_p
     assert "give its tokenizer a pad_token other than EOS" in refusal(load_config, str(tmp_path))
 
 
-def test_inputs_of_every_layer_are_frozen_with_the_embeddings():
-    """Gemma 3n and 4 feed each layer from the tokens: trained, they would carry the backward pass through all layers."""
+def test_per_layer_inputs_are_frozen_with_the_embeddings():
+    """Gemma 3n and 4 feed the tokens into each layer. If that were trained, backward would run through all layers."""
     for family, below in (("gemma4_text", "per_layer_model_projection"), ("gemma3n_text", "altup_projections.0")):
         config = families.small_config(families.families()[family], make_tokenizer())
         with torch.device("meta"):
@@ -134,7 +130,7 @@ def test_inputs_of_every_layer_are_frozen_with_the_embeddings():
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "lfm3", "mamba"])
-def test_kept_states_of_the_frozen_layers_change_nothing(family, tmp_path):
+def test_caching_the_frozen_layers_changes_nothing_in_unusual_families(family, tmp_path):
     if family not in families.families():
         pytest.skip("transformers is older than this family")
     model = families.make_family(families.families()[family], tmp_path / "model")
@@ -148,37 +144,27 @@ def test_kept_states_of_the_frozen_layers_change_nothing(family, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-# -- Checkpoints of models that also see. --------------------------------------------------------------------------------
+# -- Multimodal checkpoints. --------------------------------------------------------------------------------------------
 
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2} | {
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-SEEN = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2} | {
-    "image_size": 32,
-    "patch_size": 16,
-}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+SEEN = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 16,
+}  # fmt: skip
+LINEAR = {f"linear_num_{kind}_heads": 2 for kind in ("key", "value")}
+LINEAR |= {f"linear_{kind}_head_dim": 16 for kind in ("key", "value")}
 DEEP = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 8}
-MANY = {  # model_type: what its parts are
+MANY = {  # model_type: its parts
     "gemma3": {"text_config": TEXT, "vision_config": SEEN, "mm_tokens_per_image": 4},
-    "llava": {
-        "text_config": {"model_type": "llama"} | TEXT,
-        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32} | SEEN,
-    },
-    "mistral3": {
-        "text_config": {"model_type": "mistral"} | TEXT,
-        "vision_config": {"model_type": "pixtral", "head_dim": 16} | SEEN,
-    },
+    "llava": {"text_config": {"model_type": "llama"} | TEXT,
+              "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32} | SEEN},
+    "mistral3": {"text_config": {"model_type": "mistral"} | TEXT,
+                 "vision_config": {"model_type": "pixtral", "head_dim": 16} | SEEN},
     "qwen3_5": {"text_config": TEXT | LINEAR, "vision_config": DEEP | {"num_position_embeddings": 16}},
-}
+}  # fmt: skip
 
 
 def make_multimodal(family: str, folder: Path) -> Path:
@@ -196,7 +182,7 @@ def test_the_decoder_of_a_multimodal_checkpoint_trains_and_becomes_a_text_model(
     model = make_multimodal(family, tmp_path / "model")
     names = [name for name in load_file(model / "model.safetensors") if "vision" in name or "visual" in name]
     assert names
-    families.try_model(model, tmp_path)  # rewards of plain transformers included
+    families.try_model(model, tmp_path)  # also compares rewards with plain transformers
     text = config_of(tmp_path / "shared")
     assert text["model_type"] == config_of(model)["text_config"]["model_type"] and "vision_config" not in text
     trained = load_file(tmp_path / "shared" / "model.safetensors")
@@ -204,8 +190,8 @@ def test_the_decoder_of_a_multimodal_checkpoint_trains_and_becomes_a_text_model(
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava"])
-def test_nothing_of_the_vision_tower_is_read(family, tmp_path):
-    """Only the decoder's rows are read, one by one or all at once; other tensors may have any shape."""
+def test_the_vision_tower_is_not_read(family, tmp_path):
+    """Only the decoder's tensors are read, in full or by rows. Other tensors may have any shape."""
     folder = make_multimodal(family, tmp_path)
     config, _ = load_config(str(folder))
     whole = load_weights(str(folder), config, 0)
@@ -236,8 +222,13 @@ def test_a_missing_tensor_of_the_decoder_is_named(tmp_path):
 # -- Adapters. -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_peft_is_merged_into_its_base(tmp_path):
-    """W + alpha / r B A, against a loop over the adapter's own file; other weights stay unchanged."""
+def one_step(model, data, output):
+    given = ["--model", model, "--train_data", data, "--eval_data", data, "--output_dir", output]
+    assert train.main([*map(str, given), "--max_steps", "1", "--save_steps", "0"]) == 0
+
+
+def test_a_peft_adapter_is_merged_into_its_base(tmp_path):
+    """W + alpha / r B A, recomputed from the adapter's own file. Other weights stay unchanged."""
     peft = pytest.importorskip("peft")
     base = make_model(tmp_path / "base", "llama")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -257,25 +248,15 @@ def test_an_adapter_of_peft_is_merged_into_its_base(tmp_path):
         torch.testing.assert_close(got[name], tensor, msg=name)
     assert changed == 8
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    flags = [
-        "--model",
-        tmp_path / "adapter",
-        "--train_data",
-        data,
-        "--eval_data",
-        data,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    assert train.main([*map(str, flags), "--max_steps", "1", "--save_steps", "0"]) == 0
+    one_step(tmp_path / "adapter", data, tmp_path / "out")
     before = model_fingerprint(str(tmp_path / "adapter"), config)
     tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"] += 1  # the base is part of what a run was trained on
+    tensors["model.norm.weight"] += 1  # the base belongs to the fingerprint
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     assert model_fingerprint(str(tmp_path / "adapter"), config) != before
 
 
-def test_an_adapter_of_minirm_goes_on_from_its_head(tmp_path):
+def test_a_minirm_adapter_keeps_its_head(tmp_path):
     pytest.importorskip("peft")
     base = make_model(tmp_path / "base", "llama")
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
@@ -291,7 +272,7 @@ def test_an_adapter_of_minirm_goes_on_from_its_head(tmp_path):
 
 
 @pytest.mark.parametrize("package, name", [("peft", "adapter"), ("gguf", "model.gguf")])
-def test_without_the_package_that_reads_it_a_model_is_refused_with_what_to_type(package, name, tmp_path, monkeypatch):
+def test_a_model_whose_reader_is_not_installed_is_refused_with_what_to_type(package, name, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("minirm.model.find_spec", lambda wanted: None if wanted == package else find(wanted))
     (tmp_path / "adapter").mkdir()
@@ -304,21 +285,15 @@ def test_without_the_package_that_reads_it_a_model_is_refused_with_what_to_type(
 
 # -- GGUF. ---------------------------------------------------------------------------------------------------------------
 
-PLACES = {  # in a GGUF file: in transformers' Qwen 2
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+NAMES = {  # in a GGUF file: in transformers' Qwen 2
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def write_gguf(folder: Path, path: Path) -> Path:
-    """An unquantised Qwen 2 in one file with its tokenizer, as llama.cpp's converter writes it."""
+    """Write an unquantised Qwen 2 and its tokenizer to one file, as llama.cpp's converter does."""
     gguf = pytest.importorskip("gguf")
     config, state = config_of(folder), load_file(folder / "model.safetensors")
     writer = gguf.GGUFWriter(str(path), "qwen2")
@@ -341,7 +316,7 @@ def write_gguf(folder: Path, path: Path) -> Path:
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     names |= {"lm_head.weight": "output.weight"}
     for layer in range(config["num_hidden_layers"]):
-        for theirs, ours in PLACES.items():
+        for theirs, ours in NAMES.items():
             for part in ("weight", "bias"):
                 names[f"model.layers.{layer}.{ours}.{part}"] = f"blk.{layer}.{theirs}.{part}"
     for name, tensor in state.items():
@@ -353,7 +328,7 @@ def write_gguf(folder: Path, path: Path) -> Path:
     return path
 
 
-def test_a_gguf_file_trains_and_has_the_weights_of_the_folder_it_was_made_from(tmp_path):
+def test_a_gguf_file_has_the_weights_of_its_source_and_trains(tmp_path):
     folder = make_model(tmp_path / "model", "qwen2")
     (tmp_path / "gguf").mkdir()
     path = write_gguf(folder, tmp_path / "gguf" / "small.gguf")
@@ -361,10 +336,9 @@ def test_a_gguf_file_trains_and_has_the_weights_of_the_folder_it_was_made_from(t
     text = "the good answer is not very short"
     assert tokenizer.encode(text) == make_tokenizer().encode(text)
     wanted = load_weights(str(folder), load_config(str(folder))[0], 0)
-    tokens = config_of(folder)["vocab_size"]  # behind them stand those that padding adds
+    tokens = config_of(folder)["vocab_size"]  # followed by the padding tokens
     for name, tensor in load_weights(str(path), config, 0).items():
         torch.testing.assert_close(tensor[:tokens].float(), wanted[name][:tokens].float(), msg=name)
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    flags = ["--model", path, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out"]
-    assert train.main([*map(str, flags), "--max_steps", "1", "--save_steps", "0"]) == 0
+    one_step(path, data, tmp_path / "out")
     assert config_of(tmp_path / "out")["architectures"] == ["Qwen2ForSequenceClassification"]

@@ -23,13 +23,13 @@ from fuzz import make_chat_tokenizer, make_file, try_file
 
 
 def test_six_kills_at_random_moments_change_nothing(server, tmp_path):
-    """fp16 with loss scaling on two processes; weights, optimizer and all rows of metrics.jsonl are bitwise equal."""
+    """In fp16 on two processes, weights, optimizer states and all rows of metrics.jsonl are bitwise equal."""
     report = crash(tmp_path, kills=6, precision="fp16", seed=2, server=server, steps=9, save_steps=2)
     assert report["differences"] == []
     assert sum(report["kills"].values()) == 6 and report["kills"]["saving, the first time"] >= 1
 
 
-# -- Numbers that are none. ----------------------------------------------------------------------------------------------
+# -- Non-finite numbers. -------------------------------------------------------------------------------------------------
 
 
 NOT_FINITE = """
@@ -46,8 +46,8 @@ train.comparison_loss = comparison_loss
 """
 
 
-def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_comparisons(server, twelve_steps, tmp_path):
-    """The loss is planted on process 1 in the third of the four micro-steps of step 6."""
+def test_a_non_finite_loss_stops_all_processes_and_names_the_prompts(server, twelve_steps, tmp_path):
+    """Process 1 gets the nan in the third of the four micro-steps of step 6."""
     patch = NOT_FINITE.format(value="nan", when="rank == 1 and len(calls) == 5 * 4 + 3")
     run = server.run(*twelve_steps, "--output_dir", tmp_path / "run", world=2, patch=patch)
     assert run.codes == [3, 3], run.text()
@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_comparisons
     assert run.codes == [0, 0] and "checkpoint-4, step 4 of 12" in run.text()
 
 
-def test_in_fp16_the_run_stops_when_the_loss_scale_comes_to_its_floor(server, twelve_steps, tmp_path):
+def test_an_fp16_run_stops_when_the_loss_scale_reaches_its_floor(server, twelve_steps, tmp_path):
     patch = NOT_FINITE.format(value="inf", when="True")
     flags = [
         *twelve_steps,
@@ -81,15 +81,15 @@ def test_in_fp16_the_run_stops_when_the_loss_scale_comes_to_its_floor(server, tw
     assert [(row["loss_scale"], row["skipped_steps"]) for row in training(tmp_path / "run")] == [
         (2.0 ** (16 - n), n) for n in range(1, 17)
     ]
-    # A checkpoint in which the optimizer has not moved yet is one like any other.
+    # The run also resumes from a checkpoint whose optimizer has taken no step yet.
     run = server.run(*flags, "--max_steps", 16, world=2)
     assert run.codes == [0, 0] and "checkpoint-15, step 15 of 16" in run.text(), run.text()
     assert training(tmp_path / "run")[-1]["skipped_steps"] == 15
 
 
 def test_an_inf_in_the_gradient_of_one_process_is_skipped_by_all(server, twelve_steps, tmp_path):
-    """The inf is in one process's shard of one parameter, at a scale of 2^8 that causes no other. After the skipped
-    step, the weights are those of the loaded model."""
+    """The inf is in one process's shard of one parameter. At a scale of 2^8 no other gradient overflows. The skipped step
+    leaves the loaded weights unchanged."""
     patch = """
 import functools, torch
 from torch.amp import GradScaler
@@ -144,9 +144,7 @@ train.load_model = filled
 
 
 @pytest.mark.parametrize("phase, size", [(PREPARING, "16k"), (DEMO, "100k"), (METRICS, "200k")])
-def test_a_full_disk_ends_all_processes_with_one_line_and_nothing_half_made(
-    server, twelve_steps, tmp_path, phase, size
-):
+def test_a_full_disk_ends_all_processes_with_one_line_and_no_partial_files(server, twelve_steps, tmp_path, phase, size):
     with mounted(tmp_path / "small", f"size={size}") as place:
         flags = [*twelve_steps, "--output_dir", (place if phase is METRICS else tmp_path) / "run"]
         if phase is DEMO:
@@ -157,15 +155,15 @@ def test_a_full_disk_ends_all_processes_with_one_line_and_nothing_half_made(
         (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
         assert str(place) in line and "No space left" in line and "are free" in line and "Traceback" not in run.text()
         assert not [*place.rglob("*.partial")]
-    if phase is PREPARING:  # with room it is the same command
+    if phase is PREPARING:  # the same command works once there is room
         assert server.run(*flags, "--max_steps", 1, world=2).codes == [0, 0]
 
 
-# -- Rubbish. ------------------------------------------------------------------------------------------------------------
+# -- Broken data. --------------------------------------------------------------------------------------------------------
 
 
-def test_broken_data_files_are_refused_in_a_line_or_accounted_for(tmp_path):
-    """300 of the 2,000 files of tests/bench/fuzz.py; both outcomes are common, so the test can fail either way."""
+def test_broken_data_files_are_refused_or_accounted_for(tmp_path):
+    """300 of the 2,000 files of tests/bench/fuzz.py. Both outcomes are common, so the test can fail either way."""
     tokenizer = make_chat_tokenizer()
     results = Counter(try_file(make_file(tmp_path, seed), tokenizer, tmp_path / "cache") for seed in range(300))
     assert min(results["refused"], results["trained on"]) > 50, results

@@ -3,7 +3,7 @@
 from minirm.files import whole_folder
 
 
-def test_what_a_living_process_is_making_is_not_swept(tmp_path):
+def test_a_folder_that_a_living_process_is_writing_is_not_removed(tmp_path):
     with whole_folder(tmp_path / "a") as mine:
         with whole_folder(tmp_path / "b"):
             assert mine.is_dir() and len(list(tmp_path.glob("*.partial"))) == 2

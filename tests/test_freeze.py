@@ -1,6 +1,6 @@
 """Freezing: `python -m pytest tests/test_freeze.py`. Builds tiny random models, no network.
 
-The number of trained layers is int((1 - ratio) * layers), but at least one unless ratio is 1:
+int((1 - ratio) * layers) layers are trained, and at least one unless ratio is 1:
     28 layers, 0.7: int(8.4) = 8    12: int(3.6) = 3    3: int(0.9) = 0, so 1    2: int(0.6) = 0, so 1    1: 1
 """
 
@@ -15,7 +15,6 @@ from minirm.model import RewardModel
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 50}
 LLAMA = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 0}
-# family: (config, name of the block list in the bare decoder)
 FAMILIES = {name: (lambda make=make: make(50)) for name, make in CONFIGS.items()} | {
     "gpt_neo": lambda: transformers.GPTNeoConfig(
         vocab_size=50, hidden_size=32, num_heads=4, num_layers=4, attention_types=[[["global", "local"], 2]]
@@ -38,7 +37,7 @@ FAMILIES = {name: (lambda make=make: make(50)) for name, make in CONFIGS.items()
     "olmo2": lambda: transformers.Olmo2Config(**LLAMA),
     "biogpt": lambda: transformers.BioGptConfig(**SMALL, intermediate_size=64),
     "persimmon": lambda: transformers.PersimmonConfig(**SMALL, intermediate_size=64, pad_token_id=0),
-    "opt-350m": lambda: transformers.OPTConfig(  # embeddings of another width, norms behind: project_in, project_out
+    "opt-350m": lambda: transformers.OPTConfig(  # narrower embeddings and project_in, project_out
         **SMALL, ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False
     ),
 }  # fmt: skip
@@ -46,7 +45,7 @@ BLOCKS = {
     **dict.fromkeys(["gpt2", "gptj", "gpt_neo", "gpt_bigcode", "openai-gpt", "bloom", "falcon"], "h"),
     **dict.fromkeys(["opt", "opt-350m"], "decoder.layers"),
     "mpt": "blocks",
-}  # all others: layers
+}  # name of the block list; `layers` in all other families
 
 
 def trunk(family):
@@ -61,13 +60,13 @@ def gptj(layers):
 
 
 def trained_layers(model):
-    """Indices of blocks whose parameters all train; all parameters of the others must be frozen."""
+    """Indices of the blocks that train. No block may be partly frozen."""
     shares = [[p.requires_grad for p in block.parameters()] for block in find_blocks(model)[1]]
     assert all(len(set(flags)) == 1 for flags in shares)
     return [i for i, flags in enumerate(shares) if flags[0]]
 
 
-def test_of_28_gptj_layers_0_to_19_are_frozen_and_20_to_27_trained():
+def test_layers_0_to_19_of_28_gptj_layers_are_frozen():
     model = gptj(28)
     frozen = freeze_bottom_layers(model)
     assert trained_layers(model) == [20, 21, 22, 23, 24, 25, 26, 27]
@@ -87,37 +86,27 @@ def test_small_models_train_at_least_one_layer(layers, trained):
 
 @pytest.mark.parametrize(
     "layers, ratio, count",
-    [
-        (28, 0.7, 8),
-        (12, 0.7, 3),
-        (12, 0.5, 6),
-        (12, 0.75, 3),
-        (3, 0.99, 1),
-        (3, 1, 0),
-        (3, 1.0, 0),
-        (3, 0, 3),
-        (10, 0.7, 3),
-    ],
-)
+    [(28, 0.7, 8), (12, 0.7, 3), (12, 0.5, 6), (12, 0.75, 3), (3, 0.99, 1), (3, 1, 0), (3, 1.0, 0), (3, 0, 3), (10, 0.7, 3)],
+)  # fmt: skip
 def test_layer_counts(layers, ratio, count):
     assert trained_layer_count(layers, ratio) == count
 
 
-def test_ratio_0_freezes_nothing_at_all():
+def test_ratio_0_freezes_nothing():
     model = gptj(4)
     frozen = freeze_bottom_layers(model, 0)
     assert frozen == ([], [], 4)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_ratio_1_leaves_the_head_alone():
+def test_ratio_1_trains_only_the_head():
     model = gptj(4)
     frozen = freeze_bottom_layers(model, 1.0)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
     assert frozen.layers == [0, 1, 2, 3] and len(frozen.parameters) == len(list(model.trunk.parameters()))
 
 
-def test_ratio_1_with_embeddings_left_trainable():
+def test_ratio_1_can_leave_embeddings_trainable():
     model = gptj(4)
     freeze_bottom_layers(model, 1.0, embeddings=False)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["trunk.wte.weight", "score.weight"]
@@ -142,7 +131,7 @@ def test_embeddings_can_stay_trainable_as_in_the_published_code():
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_graph_reaches_below_the_first_trained_block(family, embeddings):
-    """With half of 4 layers, blocks 0 and 1 are frozen. With trainable embeddings the graph does reach below them."""
+    """Half of 4 layers, blocks 0 and 1, are frozen. The graph reaches below them only if the embeddings are trained."""
     model = RewardModel(trunk(family))
     frozen = freeze_bottom_layers(model, 0.5, embeddings=embeddings)
     name, blocks = find_blocks(model)
@@ -159,7 +148,7 @@ def test_no_graph_reaches_below_the_first_trained_block(family, embeddings):
     reaches_below = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs[0])
     assert reaches_below == (not embeddings)
 
-    # Every frozen parameter is without a gradient, every other one has one (but for experts that nothing was sent to).
+    # Frozen parameters have no gradient and all others do.
     parameters = dict(model.named_parameters())
     assert sorted(frozen.parameters) == sorted(n for n, p in parameters.items() if not p.requires_grad)
     assert [n for n in frozen.parameters if parameters[n].grad is not None] == []
@@ -167,7 +156,7 @@ def test_no_graph_reaches_below_the_first_trained_block(family, embeddings):
     in_blocks = sum(p.numel() for block in blocks[:2] for p in block.parameters())
     of_embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     count = sum(parameters[n].numel() for n in frozen.parameters)
-    if family in ("bloom", "opt-350m") and embeddings:  # a norm (2 x 32) or a projection (16 x 32) stands in between
+    if family in ("bloom", "opt-350m") and embeddings:  # plus the embeddings' norm (2 x 32) or projection (16 x 32)
         of_embeddings += {"bloom": 64, "opt-350m": 512}[family]
     assert count == in_blocks + (of_embeddings if embeddings else 0)
 
@@ -181,7 +170,7 @@ def test_no_graph_reaches_below_the_first_trained_block(family, embeddings):
         (lambda config: RewardModel(transformers.AutoModel.from_config(config)), "trunk.h.0.ln_1.weight"),
     ],
 )
-def test_bare_wrapped_and_headed_decoders_are_taken(wrap, names):
+def test_decoders_are_accepted_bare_and_with_any_head(wrap, names):
     with torch.device("meta"):
         model = wrap(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=10, n_head=2, n_positions=8))
     frozen = freeze_bottom_layers(model)
@@ -201,7 +190,7 @@ def test_models_with_an_encoder_are_refused_with_the_names_found():
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleDict({"tiers": nn.ModuleList([nn.Linear(2, 2)])})])
-def test_a_model_without_blocks_is_refused_with_what_was_looked_for(model):
+def test_a_model_without_blocks_is_refused_with_the_names_looked_for(model):
     lists = "tiers" if isinstance(model, nn.ModuleDict) else "none"
     with pytest.raises(
         ValueError, match=rf"called h, layers, blocks, layer or block; found none \(its module lists: {lists}\)"
@@ -216,7 +205,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-def test_layers_that_share_weights_across_the_border_are_refused():
+def test_weights_shared_across_the_freezing_boundary_are_refused():
     shared = nn.Linear(2, 2)
     whole, partly = [shared, nn.Linear(2, 2), shared, nn.Linear(2, 2)], [nn.Linear(2, 2) for _ in range(4)]
     partly[3].weight = partly[0].weight
@@ -227,13 +216,13 @@ def test_layers_that_share_weights_across_the_border_are_refused():
         assert all(p.requires_grad for p in model.parameters())
 
 
-def test_layers_that_share_weights_on_one_side_are_taken():
+def test_weights_shared_on_one_side_of_the_boundary_are_accepted():
     shared = nn.Linear(2, 2)
     model = Decoder([shared, shared, nn.Linear(2, 2), nn.Linear(2, 2)])
     assert freeze_bottom_layers(model, 0.5) == ([0, 1], ["embed_tokens.weight", "layers.0.weight", "layers.0.bias"], 4)
 
 
-def test_a_shared_layer_can_be_frozen_whole_or_not_at_all():
+def test_a_shared_layer_can_be_frozen_entirely_or_not_at_all():
     shared = nn.Linear(2, 2)
     model = Decoder([shared, shared])
     assert freeze_bottom_layers(model, 0) == ([], [], 2)
@@ -241,7 +230,7 @@ def test_a_shared_layer_can_be_frozen_whole_or_not_at_all():
     assert not shared.weight.requires_grad
 
 
-def test_freezing_again_keeps_what_is_frozen():
+def test_freezing_keeps_parameters_that_were_frozen_before():
     """Freezing never unfreezes: a user may have frozen more beforehand."""
     model = gptj(4)
     model.trunk.ln_f.requires_grad_(False)

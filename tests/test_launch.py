@@ -1,4 +1,4 @@
-"""launch.sh on several machines: the command made from Slurm's variables, and training across two network namespaces.
+"""launch.sh on several machines: the command it makes of Slurm's variables, and training in two network namespaces.
 
 Run: pytest tests/test_launch.py. Needs no network; the namespaces need root and `ip`, and are skipped without.
 """
@@ -14,7 +14,7 @@ from conftest import ROOT, make_comparisons, read_metrics, write_jsonl
 SCONTROL = """#!/bin/sh
 [ "$*" = "show hostnames gpu[3-5]" ] && printf 'gpu3\\ngpu4\\ngpu5\\n'
 """
-# In place of Python: shows the command that launch.sh comes to, and answers what it asks before.
+# Replaces Python: prints the command that launch.sh runs, and answers the questions it asks before.
 PYTHON = """#!/bin/sh
 case "$2" in
   *distributed.run*) shift 2; echo "torchrun $*" ;;
@@ -27,7 +27,7 @@ esac
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(flags, VARIABLE="...") -> the resulting command."""
+    """launch(*flags, VARIABLE="...") -> the resulting command."""
     for name, text in (("scontrol", SCONTROL), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -41,14 +41,14 @@ def launch(tmp_path):
     return run
 
 
-def test_slurm_variables_say_what_is_typed_without_slurm(launch):
+def test_slurm_variables_give_the_command_typed_without_slurm(launch):
     wanted = "torchrun --nnodes=3 --node_rank=2 --master_addr=gpu3 --master_port=23456 --nproc_per_node=4 train.py --seed 1\n"
     typed = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "gpu3", "MASTER_PORT": "23456"}
     slurm = {"SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu[3-5]", "SLURM_JOB_ID": "993456"}
     assert launch("--seed", "1", **typed) == wanted
     assert launch("--seed", "1", **slurm, SLURM_NNODES="3") == wanted
     assert launch("--seed", "1", **slurm, SLURM_JOB_NUM_NODES="3") == wanted
-    assert launch("--seed", "1", **slurm, SLURM_NNODES="9", **typed) == wanted  # what is typed counts
+    assert launch("--seed", "1", **slurm, SLURM_NNODES="9", **typed) == wanted  # typed values win
 
 
 def test_a_slurm_job_on_one_machine_asks_for_no_hosts(launch):
@@ -59,7 +59,7 @@ def test_a_slurm_job_on_one_machine_asks_for_no_hosts(launch):
 
 @pytest.fixture
 def hosts():
-    """Names of two network namespaces joined by a virtual cable. They are always removed."""
+    """The names of two network namespaces joined by a virtual cable. Both are always removed."""
     if os.getuid() or not shutil.which("ip"):
         pytest.skip("needs root and ip")
     names = [f"minirm-{os.getpid()}-{i}" for i in range(2)]
@@ -76,12 +76,12 @@ def hosts():
             subprocess.run(["ip", *command.format(*names).split()], check=True)
         yield names
     finally:
-        for name in names:  # and the cable with them
+        for name in names:  # this removes the cable too
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts_with_a_process_each_train_as_one_process(hosts, server, model_folder, tmp_path):
-    """They rendezvous over their own addresses. Each has a full copy, the default for a machine with one process."""
+def test_two_hosts_with_one_process_each_train_like_one_process(hosts, server, model_folder, tmp_path):
+    """They rendezvous over their own addresses. Each holds a full copy, the default for one process per machine."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
     flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--max_steps", 4]
     flags += ["--max_length", 64, "--learning_rate", 1e-3, "--logging_steps", 1, "--warmup_steps", 0]
@@ -100,7 +100,7 @@ def test_two_hosts_with_a_process_each_train_as_one_process(hosts, server, model
         codes = [run.wait(180) for run in runs]
     finally:
         for run in runs:
-            run.terminate()  # torchrun ends its process
+            run.terminate()  # torchrun then ends its process
             run.wait(30)
     assert codes == [0, 0], "\n".join((tmp_path / f"log-{rank}").read_text()[-2000:] for rank in range(2))
     rows = [[row for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]

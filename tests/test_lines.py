@@ -1,8 +1,7 @@
-"""What a run prints at its start and end: `python -m pytest tests/test_lines.py`. No network; tokenises a few short texts.
+"""What a run prints: `python -m pytest tests/test_lines.py`. No network; tokenises a few short texts.
 
-The tokenizer has no merges: one token per character, and one for EOS. The table's three comparisons have the prompt
-"p", the separator "|" and answers of 9 ("a b c d e") and 11 ("a b c d e f") characters, so texts of 1 + 1 + 9 + 1 = 12
-and 14 tokens.
+The tokenizer has no merges: one token per character, and one for EOS. With a prompt of one character, the separator "|"
+and answers NINE and ELEVEN of 9 and 11 characters, texts have 1 + 1 + 9 + 1 = 12 and 14 tokens.
 """
 
 import re
@@ -23,10 +22,10 @@ def table_rows(table):
     return {m[1].strip(): (m[2], m[3]) for m in re.finditer(r"^(.*?)  +(\S+)  +(held out|\S+)$", table, re.MULTILINE)}
 
 
-def test_the_table_counts_what_was_read_dropped_and_kept(small_data):
+def test_the_table_counts_comparisons_read_dropped_and_kept(small_data):
     """Shared: prompt p: 12 common tokens minus EOS, "p|a b c d e" (11), then EOS and " f" + EOS: 11 + 1 + 3 = 15.
 
-    q the same, 15; r: "p|a b c d " (10) + "e f" + EOS and "f g" + EOS: 10 + 4 + 4 = 18. Together 48.
+    q: the same, 15; r: "p|a b c d " (10) + "e f" + EOS and "f g" + EOS: 10 + 4 + 4 = 18. Together 48.
     Separate: 12 + 14, 12 + 14, 14 + 14 = 80. Saved: 1 - 48 / 80 = 40.0 %.
     Held out: 15 and "v|" (2) + "yes" + EOS + "no" + EOS: 2 + 4 + 3 = 9, so 24; separate 26 + 6 + 5 = 37; 35.1 %.
     Chosen is longer in 2 of 4 and shorter in 1 of 4; held out in 1 of 2 each.
@@ -49,13 +48,13 @@ def test_the_table_counts_what_was_read_dropped_and_kept(small_data):
     }
 
 
-def test_separate_rows_promise_no_saving(small_data):
+def test_the_table_shows_no_saving_for_separate_rows(small_data):
     rows = table_rows(data_table(small_data.report, "separate"))
     assert "saved" not in rows and rows["tokens, each answer with its prompt"] == ("80", "37")
 
 
-def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(characters, tmp_path):
-    """--max_length 14 and a prompt of 5: two comparisons of one prompt, of 16 and 18 tokens, lose 2 and 4 tokens."""
+def test_the_table_counts_cut_prompts(characters, tmp_path):
+    """With --max_length 14, the two comparisons of a prompt of 5, of 16 and 18 tokens, lose 2 and 4 tokens."""
     rows = [
         {"prompt": "ppppp", "chosen": NINE, "rejected": "e d c b a"},
         {"prompt": "ppppp", "chosen": ELEVEN, "rejected": "e d c b a"},
@@ -70,7 +69,7 @@ def test_the_table_counts_prompts_and_cuts_where_prompts_are_cut(characters, tmp
     assert "kept, answer truncated" not in table
 
 
-def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_read_as(characters, tmp_path):
+def test_each_of_several_files_has_a_column_and_a_line_with_its_schema(characters, tmp_path):
     strength = {"prompt": "s", "response_1": NINE, "response_2": ELEVEN, "preference_strength": 1}
     files = {"texts": TRAIN[:3], "strengths": [strength, strength | {"preference_strength": 0}], "eval": EVAL}
     a, b, c = (str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in files.items())
@@ -88,10 +87,10 @@ def test_several_files_have_a_column_each_and_a_line_that_says_what_they_were_re
         ["dropped:", "tie", "0", "1", "0"],
         ["kept", "3", "1", "2"],
     ]
-    assert len({len(line) for line in lines[4:]}) == 1  # columns stand under each other
+    assert len({len(line) for line in lines[4:]}) == 1  # the columns are aligned
 
 
-def test_a_file_of_which_nothing_is_kept_saves_nothing(characters, tmp_path):
+def test_a_file_without_kept_comparisons_saves_nothing(characters, tmp_path):
     ties = str(write_jsonl(tmp_path / "ties.jsonl", [TRAIN[0] | {"margin": 0}]))
     source = str(write_jsonl(tmp_path / "x.jsonl", TRAIN[:3]))
     data = prepare(characters, [source, ties], [source], separator="|", cache_dir=tmp_path)
@@ -107,15 +106,15 @@ def test_held_out_comparisons_are_in_the_table(characters, tmp_path):
     assert (table["read"], table["held out"], table["kept"]) == (("20", "2"), ("2", "0"), ("18", "2"))
 
 
-def test_the_marked_pair_shows_what_is_scored_and_eos_as_the_last_scored_token(small_data, characters):
+def test_the_marked_pair_shows_the_scored_tokens_up_to_eos(small_data, characters):
     lines = marked_pair(small_data.train[0], characters).splitlines()
     assert lines[1] == "  both      'p|a b c d e'"
     assert lines[2] == "  chosen    [[' f<|endoftext|>']] 14 tokens, the last is '<|endoftext|>'"
     assert lines[3] == "  rejected  [['<|endoftext|>']] 12 tokens, the last is '<|endoftext|>'"
 
 
-def test_the_marked_pair_is_the_first_comparison_of_its_group_not_all_of_them(small_data, characters):
-    """The first two of three answers share more than all three do; their shared tokens are not scored."""
+def test_the_marked_pair_is_the_first_comparison_of_its_group(small_data, characters):
+    """The first two of three answers share more tokens than all three do, and shared tokens are not scored."""
     group = {"prefix": [], "completions": [characters(t)["input_ids"] for t in ("xab", "xac", "y")]}
     lines = marked_pair({**group, "chosen": [1], "rejected": [0]}, characters).splitlines()
     assert lines[1:] == [
@@ -125,7 +124,7 @@ def test_the_marked_pair_is_the_first_comparison_of_its_group_not_all_of_them(sm
     ]
 
 
-def test_a_long_pair_is_shown_in_part_with_its_end(characters):
+def test_a_long_marked_pair_is_abridged_but_keeps_its_end(characters):
     group = {"prefix": characters("p" * 500)["input_ids"], "chosen": [0], "rejected": [1]}
     group["completions"] = [
         characters("a" * 500 + "<|endoftext|>")["input_ids"],
@@ -133,35 +132,31 @@ def test_a_long_pair_is_shown_in_part_with_its_end(characters):
     ]
     lines = marked_pair(group, characters).splitlines()
     assert lines[1] == f"  both      '...{'p' * 300}'"
-    assert (
-        lines[2]
-        == f"  chosen    [['{'a' * 150} ... {'a' * 137}<|endoftext|>']] 1001 tokens, the last is '<|endoftext|>'"
-    )
+    chosen = f"  chosen    [['{'a' * 150} ... {'a' * 137}<|endoftext|>']] 1001 tokens, the last is '<|endoftext|>'"
+    assert lines[2] == chosen
 
 
-def test_a_prompt_with_line_breaks_stays_on_its_line(characters):
+def test_a_prompt_with_line_breaks_stays_on_one_line(characters):
     ids = [characters(t)["input_ids"] for t in ("one\ntwo", "a\nb", "c")]
     text = marked_pair({"prefix": ids[0], "completions": ids[1:], "chosen": [0], "rejected": [1]}, characters)
     assert len(text.splitlines()) == 4
 
 
-def test_the_line_on_freezing_counts_layers_and_parameters(tmp_path):
-    """GPT-2, 4 layers of width 32, without a language-model head: a block has 12 * 32 * 32 + 13 * 32 = 12,704
+def test_the_freeze_line_counts_layers_and_parameters(tmp_path):
+    """GPT-2 with 4 layers of width 32: a block has 12 * 32 * 32 + 13 * 32 = 12,704 parameters, the final norm 64, the
 
-    parameters; the final norm 64; the head 32; int(0.3 * 4) = 1 layer trained: 12,704 + 64 + 32 = 12,800.
+    head 32. int(0.3 * 4) = 1 layer is trained: 12,704 + 64 + 32 = 12,800.
     Embeddings: (327 tokens + pad) * 32 + 1024 * 32 = 43,264 at 328 tokens; in all 4 * 12,704 + 96 + embeddings.
     """
     config, _ = load_config(str(make_model(tmp_path / "gpt2", "gpt2")))
-    model = empty_model(config)
     total = 4 * 12_704 + 96 + (config.vocab_size + 1024) * 32
-    line = freeze_line(model, freeze_bottom_layers(model))
-    assert line == f"frozen: layers 0-2 of 4; trained: 12,800 of {total:,} parameters ({12_800 / total:.1%})"
-    model = empty_model(config)
-    line = freeze_line(model, freeze_bottom_layers(model, 0))
-    assert line == f"frozen: no layers; trained: {total:,} of {total:,} parameters (100.0%)"
-    model = empty_model(config)
-    line = freeze_line(model, freeze_bottom_layers(model, 1))
-    assert line == f"frozen: layers 0-3 of 4; trained: 32 of {total:,} parameters (0.0%)"
+    for ratio, wanted in (
+        (0.7, f"frozen: layers 0-2 of 4; trained: 12,800 of {total:,} parameters ({12_800 / total:.1%})"),
+        (0, f"frozen: no layer; trained: {total:,} of {total:,} parameters (100.0%)"),
+        (1, f"frozen: layers 0-3 of 4; trained: 32 of {total:,} parameters (0.0%)"),
+    ):
+        model = empty_model(config)
+        assert freeze_line(model, freeze_bottom_layers(model, ratio)) == wanted
 
 
 def test_the_report_has_its_three_parts(small_data, characters, tmp_path):
@@ -185,27 +180,21 @@ def test_the_report_has_its_three_parts(small_data, characters, tmp_path):
     assert f"padding: {1 - sum(rows) / places:.1%} of the tokens in a micro-batch (mean of 2)" in report
 
 
-def test_rates_at_which_little_can_be_learned_are_warned_about():
+def test_learning_rates_that_train_too_little_cause_a_warning():
     def said(total_steps, **changes):
         flags = {"learning_rate": 1e-5, "warmup_steps": 0, "lr_scheduler_type": "linear", "freeze_ratio": 0.7} | changes
         return [line for say, line in rate_warnings(SimpleNamespace(**flags), total_steps) if say]
 
     (line,) = said(50)
-    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move a weight by at most 0.0005,")
-    assert (
-        said(200)
-        == said(50, freeze_ratio=1)
-        == said(0)
-        == said(50, learning_rate=0)
-        == said(50, learning_rate=1e-4)
-        == []
-    )
+    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move no weight by more than 0.0005,")
+    assert said(200) == said(50, freeze_ratio=1) == said(0) == []
+    assert said(50, learning_rate=0) == said(50, learning_rate=1e-4) == []
     (line,) = said(200, warmup_steps=200)
     assert line.startswith("warning: --warmup_steps 200 takes all 200 steps, so --learning_rate is never reached")
     assert said(200, warmup_steps=200, lr_scheduler_type="constant") == said(201, warmup_steps=200) == []
 
 
-def test_the_last_line_says_if_chance_or_length_would_do_as_well():
+def test_the_last_line_says_if_chance_or_length_does_as_well():
     # The shorter answer is the chosen one in 330 of 1,320 pairs, the longer one in 55 %.
     row = EVALUATION | {"eval_by_length": [{"high": -1, "pairs": 330}, {"high": 9, "pairs": 990}]}
     where = "; the model is in x: load it with AutoModelForSequenceClassification.from_pretrained"

@@ -1,4 +1,4 @@
-"""Low-rank adapters: against a slow reference, on any number of processes, resumed, merged.
+"""LoRA: adapters against a slow reference, on any number of processes, resumed, merged.
 
 Run: pytest tests/test_lora.py. Needs no network and no GPU.
 """
@@ -22,6 +22,8 @@ from minirm.lora import PREFIX, Adapter, add_lora, init_lora, merge, without_ada
 from minirm.model import RewardModel
 from minirm.report.lines import freeze_line
 
+QUICK = ["--max_length", 64, "--learning_rate", 1e-2, "--warmup_steps", 0]
+
 
 def plain(family):
     torch.manual_seed(0)
@@ -40,8 +42,8 @@ def adapted(family, rank=4, alpha=8.0, ratio=0.5):
     return model
 
 
-def test_value_and_gradient_of_an_adapter_are_those_of_a_slow_reference():
-    """y_o = sum_i W_oi x_i + alpha / r sum_k B_ok sum_i A_ki x_i; of sum_o g_o y_o the gradients follow by hand."""
+def test_an_adapter_and_its_gradients_agree_with_a_slow_reference():
+    """y_o = sum_i W_oi x_i + alpha / r sum_k B_ok sum_i A_ki x_i, and by hand the gradients of sum_o g_o y_o."""
     torch.manual_seed(0)
     linear, adapter = nn.Linear(3, 5, bias=False), Adapter(3, 5, 2, 1.5, transposed=False)
     nn.init.normal_(adapter.A), nn.init.normal_(adapter.B)
@@ -60,8 +62,8 @@ def test_value_and_gradient_of_an_adapter_are_those_of_a_slow_reference():
         assert adapter.A.grad[k].tolist() == pytest.approx([1.5 * gB * x[i].item() for i in range(3)], abs=1e-5)
 
 
-def test_at_full_rank_the_first_step_goes_where_full_training_goes():
-    """With B zero, a step of B alone changes W by -rate scale^2 G A^T A, which is along the gradient G where A^T A is 1."""
+def test_at_full_rank_the_first_step_has_the_direction_of_full_training():
+    """With B = 0, a step of B alone changes W by -rate scale^2 G A^T A: along the gradient G if A^T A = 1."""
     full, ids = plain("llama"), torch.arange(24).view(2, 12)
     freeze_bottom_layers(full, 0.5)
     weigh = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
@@ -78,7 +80,7 @@ def test_at_full_rank_the_first_step_goes_where_full_training_goes():
 
 
 def test_matrices_without_an_adapter_are_named():
-    """Experts in one tensor, and their router: nn.Linear is what has adapters."""
+    """Only nn.Linear gets adapters, so experts stored in one tensor and their router get none."""
     config = CONFIG_MAPPING["mixtral"](
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4,
@@ -98,8 +100,8 @@ def test_matrices_without_an_adapter_are_named():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_merged_rewards_are_the_adapted_ones_and_every_adapter_learns(family):
-    """Two of four blocks. An adapter gets no gradient if its module's weight is used without calling the module."""
+def test_merging_keeps_the_rewards_and_every_adapter_gets_a_gradient(family):
+    """Two of four blocks train. An adapter would get no gradient if its module's weight were used without a call."""
     model, ids = adapted(family), torch.arange(24).view(2, 12)
     rewards = model(ids)
     rewards.sum().backward()
@@ -113,7 +115,7 @@ def test_merged_rewards_are_the_adapted_ones_and_every_adapter_learns(family):
     torch.testing.assert_close(other(ids), rewards.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_what_cannot_be_adapted_is_refused():
+def test_models_that_cannot_be_adapted_are_refused():
     model = plain("llama")
     frozen = freeze_bottom_layers(model, 0.5)
     first, last = model.trunk.layers[2].mlp, model.trunk.layers[3].mlp
@@ -126,15 +128,15 @@ def test_what_cannot_be_adapted_is_refused():
     assert "--lora_alpha must be positive" in refusal(train.parse_args, ["--lora_rank", "4", "--lora_alpha", "0"])
 
 
-def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, model_folder, tmp_path):
-    """1 = 2 = 2 x 2; with the cache and with gradients checkpointed; resumed to the bit; a checkpoint has 12 bytes a number."""
+def test_lora_takes_the_same_steps_on_any_mesh_cached_and_resumed(server, model_folder, tmp_path):
+    """1, 2, 4 and 2 x 2 processes agree, also with a cache and gradient checkpointing. A resumed run is bitwise equal."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     held_out = write_jsonl(tmp_path / "eval.jsonl", make_comparisons(4, seed=1))
 
     def run(name, *flags, world=1, steps=4, patch=""):
-        given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", held_out, "--lora_rank", 4]
-        given += ["--output_dir", tmp_path / name, "--max_length", 64, "--learning_rate", 1e-2, "--warmup_steps", 0]
-        given += ["--freeze_ratio", 0.5, "--gradient_accumulation_steps", 4 // world, "--logging_steps", 1]
+        given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", held_out, *QUICK]
+        given += ["--output_dir", tmp_path / name, "--lora_rank", 4, "--logging_steps", 1]
+        given += ["--freeze_ratio", 0.5, "--gradient_accumulation_steps", 4 // world]
         done = server.run(*given, "--max_steps", steps, "--keep", "last", *flags, world=world, patch=patch)
         assert done.codes == [0] * world, done.text()[-3000:]
         return [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
@@ -163,17 +165,14 @@ def test_processes_meshes_caches_and_resumed_runs_take_the_same_steps(server, mo
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
     row = [row for row in read_metrics(tmp_path / "one") if "eval_loss" in row][-1]
     assert loaded.config.mean == pytest.approx(row["eval_reward_mean"])
-    assert json.loads((tmp_path / "one" / "config.json").read_text())["architectures"] == [
-        "LlamaForSequenceClassification"
-    ]
-    assert sorted(path.name for path in (tmp_path / "one" / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    adapter = {path.name for path in (tmp_path / "one" / "adapter").iterdir()}
+    assert adapter == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_adapters_cost_no_collective_of_their_own(server, model_folder, tmp_path):
-    """14 adapted matrices: a step has as many collectives as one that trains the head alone, which travels with them."""
+def test_adapters_need_no_additional_collectives(server, model_folder, tmp_path):
+    """With 14 adapted matrices, a step has as many collectives as one that trains the head alone: they share its collectives."""
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
 
     def collectives(name, steps, *flags):
@@ -193,7 +192,7 @@ def test_adapters_cost_no_collective_of_their_own(server, model_folder, tmp_path
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, tmp_path, precision):
-    """Trained far too fast, so that the best evaluation is not the last; its mean reward is that of the exported model."""
+    """The learning rate is far too high, so the best evaluation is not the last. The exported model has its mean reward."""
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
     flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--lora_rank", 4]
     flags += ["--output_dir", tmp_path / "out", "--max_length", 64, "--learning_rate", 0.05, "--warmup_steps", 0]
@@ -214,27 +213,24 @@ def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_loads_the_adapter_folder_on_the_base_and_gives_the_same_rewards(server, model_folder, tmp_path, family):
+def test_peft_loads_the_adapter_and_gives_the_same_rewards(server, model_folder, tmp_path, family):
     peft = pytest.importorskip("peft")
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    flags = [
+    given = [
         "--model",
         model_folder(family),
         "--train_data",
         data,
         "--eval_data",
         data,
-        "--lora_rank",
-        4,
-        "--max_steps",
-        2,
+        "--output_dir",
+        tmp_path / "out",
     ]
-    flags += ["--output_dir", tmp_path / "out", "--max_length", 64, "--learning_rate", 1e-2, "--warmup_steps", 0]
-    run = server.run(*flags, "--keep", "last", "--save_steps", 0)
+    run = server.run(*given, *QUICK, "--lora_rank", 4, "--max_steps", 2, "--keep", "last", "--save_steps", 0)
     assert run.codes == [0], run.text()[-3000:]
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     base = AutoModelForSequenceClassification.from_pretrained(model_folder(family), num_labels=1)
-    base.config.pad_token_id = merged.config.pad_token_id  # a token that the texts do not have
+    base.config.pad_token_id = merged.config.pad_token_id  # a token that does not occur in the texts
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     ids = torch.arange(1, 25).view(2, 12)
     with torch.no_grad():

@@ -17,7 +17,7 @@ EOS, PAD = 1, 0
 
 
 def published_loss(chosen_ids, rejected_ids, chosen_rewards, rejected_rewards, pad):
-    """Lists of [T] ids and rewards, padded to one length -> the published loss, pair by pair."""
+    """The published loss, pair by pair, of lists of [T] ids and rewards padded to one length."""
     total = 0.0
     for c_ids, r_ids, c_rewards, r_rewards in zip(chosen_ids, rejected_ids, chosen_rewards, rejected_rewards):
         lengths = [ids.index(pad) if pad in ids else len(ids) for ids in (c_ids, r_ids)]
@@ -29,19 +29,18 @@ def published_loss(chosen_ids, rejected_ids, chosen_rewards, rejected_rewards, p
 
 
 def random_texts(seed, pairs=8):
-    """Pairs of texts without EOS, as (chosen, rejected) lists of ids 2..6; in 2 of every 8, one side is a prefix."""
+    """Pairs (chosen, rejected) of texts of ids 2..6 without EOS. In 2 of every 8 pairs, one side is a prefix of the other."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low, high):
-        return torch.randint(
-            2, 7, (int(torch.randint(low, high, (), generator=generator)),), generator=generator
-        ).tolist()
+        count = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(2, 7, (count,), generator=generator).tolist()
 
     texts = []
     while len(texts) < pairs:
         shared = ids(1, 6)
         chosen, rejected = shared + ids(1, 9), shared + ids(1, 9)
-        if len(texts) % 4 == 2:  # one text is the beginning of the other, and once the other way round
+        if len(texts) % 4 == 2:  # either side may be the prefix
             rejected = chosen[: len(shared)] if len(texts) % 8 == 2 else rejected
             chosen = rejected[: len(shared) + 1] if len(texts) % 8 == 6 else chosen
         if chosen != rejected:
@@ -50,7 +49,7 @@ def random_texts(seed, pairs=8):
 
 
 def as_groups(texts):
-    """Each pair as a group, split where its two texts, including EOS, first differ."""
+    """Each pair as a group, split where its two texts first differ, EOS included."""
     groups = []
     for chosen, rejected in texts:
         shared = next((t for t, (c, r) in enumerate(zip(chosen, rejected)) if c != r), min(len(chosen), len(rejected)))
@@ -67,7 +66,7 @@ def as_groups(texts):
 
 
 class Scorer:
-    """The same row of numbers for a text wherever a layout puts it. Wide: also for the pads after it."""
+    """Gives each text its row of numbers, wherever a layout puts the text. The row also covers the pads after the text."""
 
     def __init__(self, texts, seed, width=40):
         self.row = {tuple(text): i for i, text in enumerate(t for pair in texts for t in pair)}
@@ -78,7 +77,7 @@ class Scorer:
         return self.table[self.row[tuple(text)], :length]
 
     def of_batch(self, batch, texts):
-        """[R, L] rewards of a batch with separate rows: row 2i is the chosen text of pair i, row 2i + 1 the rejected."""
+        """[R, L] rewards of separate rows: row 2i is the chosen text of pair i, row 2i + 1 the rejected one."""
         rows = [self.row[tuple(text)] for pair in texts for text in pair]
         return self.table[torch.tensor(rows), : batch.input_ids.shape[1]]
 
@@ -91,21 +90,17 @@ def ours(kind, batch, rewards):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["divergence", "last", "trlx"])
-def test_losses_agree_with_the_published_loop_in_value_and_gradient(kind, seed):
+def test_losses_and_gradients_agree_with_the_published_loop(kind, seed):
     texts = random_texts(seed)
     scorer = Scorer(texts, seed)
     batch = collate(
-        as_groups(texts),
-        row_layout="separate",
-        pad_id=PAD,
-        row_limit=1000,
-        trlx_eos_id=EOS if kind == "trlx" else None,
+        as_groups(texts), row_layout="separate", pad_id=PAD, row_limit=1000, trlx_eos_id=EOS if kind == "trlx" else None
     )
     value = ours(kind, batch, scorer.of_batch(batch, texts))
     (gradient,) = torch.autograd.grad(value, scorer.table)
 
     width = 30
-    if kind == "trlx":  # to the letter: EOS is the pad, so a text ends before it
+    if kind == "trlx":  # as published: EOS is the pad, so a text ends before it
         ids = [[text + [EOS] * (width - len(text)) for text in side] for side in zip(*texts)]
         rewards = [[scorer.of_text(text, width) for text in side] for side in zip(*texts)]
         expected = published_loss(*ids, *rewards, pad=EOS)
@@ -126,11 +121,11 @@ def test_losses_agree_with_the_published_loop_in_value_and_gradient(kind, seed):
     assert gradient.abs().max() > 1e-3
 
 
-def test_end_rewards_of_the_published_loss_stand_at_the_end_of_the_longer_text():
-    """Texts [2, 3] and [2, 4, 5, 6]: the longer one ends after position 3, whose rewards count for both."""
+def test_published_end_rewards_are_read_at_the_end_of_the_longer_text():
+    """Texts [2, 3] and [2, 4, 5, 6]: the longer one ends at position 3, so both texts are scored there."""
     (group,) = as_groups([([2, 3], [2, 4, 5, 6])])
     batch = collate([group], row_layout="separate", pad_id=PAD, row_limit=99, trlx_eos_id=EOS)
-    rewards = torch.arange(10.0).view(2, 5)  # chosen text: places 0..3 and padding, rejected: 0..3 and EOS
+    rewards = torch.arange(10.0).view(2, 5)  # chosen: places 0..3 and padding; rejected: 0..3 and EOS
     chosen, rejected = batch.pair_rewards(rewards)
     assert (batch.start.tolist(), batch.end.tolist()) == ([0], [3])
     assert chosen[0, :3].tolist() == [1.0, 2.0, 3.0]
@@ -147,7 +142,7 @@ def test_divergence_index_is_the_first_difference():
     assert divergence_index(chosen.int(), rejected).tolist() == [0, 2, 3, 0]
 
 
-def test_divergence_index_names_the_rows_that_are_equal():
+def test_divergence_index_names_equal_rows():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
     other = torch.tensor([[1, 2], [3, 5], [5, 6]])
     with pytest.raises(ValueError, match=r"equal in rows \[0, 2\]"):
@@ -157,7 +152,7 @@ def test_divergence_index_names_the_rows_that_are_equal():
 def test_divergence_loss_by_hand():
     """Pair 1, t = 1..2: differences 1 and -2, (0.313262 + 2.126928) / 2 = 1.220095. Pair 2, t = 2: s(0) = 0.693147.
 
-    Their mean is 0.956621. Gradients by chosen: -(1 - sigmoid(d)) / count / 2 pairs: d = 1: -0.268941 / 4 = -0.067235,
+    Their mean is 0.956621. Gradients for chosen: -(1 - sigmoid(d)) / count / 2 pairs: d = 1: -0.268941 / 4 = -0.067235,
     d = -2: -0.880797 / 4 = -0.220199, d = 0: -0.5 / 2 = -0.25.
     """
     chosen = torch.tensor([[9.0, 1.0, 0.0, 9.0], [9.0, 9.0, 3.0, 9.0]], requires_grad=True)
@@ -170,7 +165,7 @@ def test_divergence_loss_by_hand():
     assert torch.allclose(rejected.grad, -expected, atol=1e-6)
 
 
-def test_pairs_weigh_the_same_however_many_tokens_they_have():
+def test_pairs_weigh_the_same_regardless_of_their_length():
     """Ten tokens with difference 1 and one token with difference -1: (0.313262 + 1.313262) / 2 = 0.813262."""
     chosen = torch.cat([torch.ones(1, 10), -torch.ones(1, 10)])
     loss = divergence_loss(chosen, torch.zeros(2, 10), torch.tensor([0, 9]), torch.tensor([10, 10]))
@@ -193,8 +188,8 @@ def test_differences_of_1e4_stay_finite(dtype, difference, value, slope):
 
 
 @pytest.mark.parametrize("garbage", [float("inf"), -float("inf"), float("nan"), 3e38])
-def test_what_lies_outside_the_range_has_no_influence(garbage):
-    """t = 1, difference 1: 0.313262, and gradient -0.268941 only there, whatever comes before and after."""
+def test_rewards_outside_the_range_have_no_influence(garbage):
+    """t = 1, difference 1: loss 0.313262, gradient -0.268941 there and zero before and after."""
     chosen = torch.tensor([[garbage, 1.0, garbage]], requires_grad=True)
     rejected = torch.tensor([[-garbage, 0.0, garbage]], requires_grad=True)
     loss = divergence_loss(chosen, rejected, torch.tensor([1]), torch.tensor([2]))
@@ -211,7 +206,7 @@ def test_nan_inside_the_range_is_not_hidden():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rewards_give_an_fp32_loss(dtype):
-    """s(-20) = 20 in fp32; in fp16 sigmoid(-20) is 0 and its logarithm -inf."""
+    """s(-20) = 20 in fp32. In fp16 sigmoid(-20) is 0 and its logarithm -inf."""
     chosen, rejected = torch.full((1, 1), -20, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     loss = divergence_loss(chosen, rejected, torch.tensor([0]), torch.tensor([1]))
     assert (loss.dtype, loss.item()) == (torch.float32, pytest.approx(20.0, abs=1e-6))
@@ -234,18 +229,17 @@ def test_pairwise_loss_by_hand():
     assert loss.item() == pytest.approx(0.611650, abs=1e-6)
 
 
-def test_margin_is_taken_off_the_difference():
+def test_margin_is_subtracted_from_the_difference():
     """Differences 2 and 2 minus margins 1 and 4: (s(1) + s(-2)) / 2 = (0.313262 + 2.126928) / 2 = 1.220095."""
     loss = pairwise_loss(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0]))
     assert loss.item() == pytest.approx(1.220095, abs=1e-6)
-    assert pairwise_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([0])).item() == pytest.approx(
-        0.126928, abs=1e-6
-    )
+    loss = pairwise_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([0]))
+    assert loss.item() == pytest.approx(0.126928, abs=1e-6)
 
 
-def test_margin_is_taken_off_at_every_place():
+def test_margin_is_subtracted_at_every_position():
     """Pair 1, t = 1..2: 3 - 2 = 1 and 0 - 2 = -2: (0.313262 + 2.126928) / 2 = 1.220095. Pair 2, t = 0: 0.5 - 0.5 = 0:
-    0.693147. Mean 0.956621. Gradients by chosen: -0.268941 / 4, -0.880797 / 4, -0.5 / 2. Outside: nothing.
+    0.693147. Mean 0.956621. Gradients for chosen: -0.268941 / 4, -0.880797 / 4, -0.5 / 2, and zero outside.
     """
     chosen = torch.tensor([[9.0, 3.0, 0.0], [0.5, 9.0, 9.0]], requires_grad=True)
     start, end, margin = torch.tensor([1, 0]), torch.tensor([3, 1]), torch.tensor([2.0, 0.5], dtype=torch.float64)
@@ -294,14 +288,13 @@ def test_weights_give_a_weighted_mean(kind):
         assert loss.item() == pytest.approx(0.470095, abs=1e-6)
         assert chosen.grad.tolist() == pytest.approx([-0.067235, -0.182765, -0.059601], abs=1e-6)
     assert LOSSES[kind](chosen, torch.zeros(3), weight=2 * weight).item() == pytest.approx(loss.item(), rel=1e-6)
-    assert LOSSES[kind](chosen, torch.zeros(3), weight=torch.full((3,), 7.0)).item() == pytest.approx(
-        LOSSES[kind](chosen, torch.zeros(3)).item(), rel=1e-6
-    )
+    equal, without = (LOSSES[kind](chosen, torch.zeros(3), weight=w).item() for w in (torch.full((3,), 7.0), None))
+    assert equal == pytest.approx(without, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_without_reduction_each_pair_has_its_own_loss(kind):
-    """s(1), s(-1), s(2); squares 1, 1, 4; times the weights if there are any."""
+    """s(1), s(-1), s(2); squares 1, 1, 4; both times the weights, if given."""
     chosen, expected = torch.tensor([1.0, -1.0, 2.0]), [0.313262, 1.313262, 0.126928]
     expected = [1.0, 1.0, 4.0] if kind == "centering" else expected
     each = LOSSES[kind](chosen, torch.zeros(3), reduction="none")
@@ -312,7 +305,7 @@ def test_without_reduction_each_pair_has_its_own_loss(kind):
         LOSSES[kind](chosen, torch.zeros(3), reduction="sum")
 
 
-def test_accuracy_counts_the_greater_reward_and_no_tie():
+def test_accuracy_counts_ties_as_wrong():
     accuracy = pairwise_accuracy(torch.tensor([1.0, 2.0, 3.0, -1.0]), torch.tensor([0.0, 2.0, 4.0, -2.0]))
     assert (accuracy.item(), accuracy.dtype, accuracy.shape) == (0.5, torch.float32, ())
 

@@ -1,4 +1,4 @@
-"""Metrics of an evaluation: `python -m pytest tests/test_measure.py`. Needs only torch, one process; no model."""
+"""Evaluation metrics: `python -m pytest tests/test_measure.py`. Needs only torch, one process, no model."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_a_tie_is_not_correct():
 
 
 def test_the_interval_by_hand_with_one_pair_a_prompt():
-    """60 of 80 correct, each a prompt: jackknife variance 0.75 * 0.25 / 79, so n = 79 and t(79) = 1.990450.
+    """60 of 80 pairs correct, one per prompt: jackknife variance 0.75 * 0.25 / 79, so n = 79 and t(79) = 1.990450.
 
     t^2 / n = 0.0501505; centre 0.75 + 0.0250752 = 0.7750752; spread 1.990450 * sqrt(0.1875 / 79 + 0.0501505 / 79 / 4)
     = 1.990450 * sqrt(0.00237342 + 0.000158704) = 0.1001603; (0.7750752 -+ 0.1001603) / 1.0501505.
@@ -45,8 +45,8 @@ def test_the_interval_by_hand_with_one_pair_a_prompt():
     assert interval(correct, torch.arange(80)) == pytest.approx((0.6426841, 0.8334381), abs=1e-5)
 
 
-def test_copies_of_a_pair_say_nothing_new():
-    """Four equal pairs per prompt are as uncertain as one."""
+def test_copies_of_a_pair_do_not_narrow_the_interval():
+    """The interval of four equal pairs per prompt is that of one."""
     once = torch.cat([torch.ones(60), torch.zeros(20)]).double()
     low, high = interval(once, torch.arange(80))
     assert interval(once.repeat_interleave(4), torch.arange(80).repeat_interleave(4)) == pytest.approx((low, high))
@@ -54,8 +54,8 @@ def test_copies_of_a_pair_say_nothing_new():
     assert narrow[1] - narrow[0] < 0.55 * (high - low)
 
 
-def test_the_variance_is_that_of_leaving_one_prompt_out():
-    """The slow reference computes the accuracy without each prompt in turn, then Wilson with t; sizes are uneven."""
+def test_the_variance_is_the_jackknifes_over_prompts():
+    """The slow reference computes the accuracy without each prompt in turn, then Wilson's interval with t."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(1, 7, (30,), generator=generator)
     prompt = torch.arange(30).repeat_interleave(sizes)
@@ -86,7 +86,7 @@ def test_all_or_none_correct_still_has_an_interval(value):
     assert (low, high) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_one_prompt_says_nothing_of_others():
+def test_a_single_prompt_gives_the_widest_interval():
     assert interval(numbers(1, 0, 1), torch.zeros(3)) == (0.0, 1.0)
     low, high = interval(numbers(1, 0, 1), numbers(0, 0, 1))
     assert 0 <= low < 2 / 3 < high <= 1
@@ -98,9 +98,9 @@ def test_one_prompt_says_nothing_of_others():
 )
 def test_intervals_cover_93_to_97_percent(prompts, even, accuracy):
     """2,000 evaluations of a model of known accuracy. Each prompt has its own accuracy, beta-distributed so that two of
-    its pairs correlate by 0.2, and six pairs or, if uneven, 1 to about 20, four on average (geometric).
+    its pairs correlate by 0.2, and has six pairs or, if uneven, 1 to about 20, four on average (geometric).
 
-    The standard error of the coverage is 0.5 %; intervals for independent pairs cover 75 to 85 %, see below.
+    The standard error of the coverage is 0.5 %. Intervals for independent pairs cover only 75 to 85 %.
     """
     covered, naive, times, correlation = 0, 0, 2000, 0.2
     generator = torch.Generator().manual_seed(prompts)
@@ -123,8 +123,8 @@ def test_intervals_cover_93_to_97_percent(prompts, even, accuracy):
 
 
 def test_calibration_by_hand():
-    """Differences 0, 1, -1, 2; sizes 0, 1, 1, 2 have middle ranks 0.5, 2, 2, 3.5 of 4, so that the first of two buckets
-    has the 0 and the second the rest. Predicted: 0.5; (2 * 0.731059 + 0.880797) / 3 = 0.780971. Observed: a half for the
+    """Differences 0, 1, -1, 2. Their sizes 0, 1, 1, 2 have middle ranks 0.5, 2, 2, 3.5 of 4, so the first of two buckets
+    holds the 0 and the second the rest. Predicted: 0.5; (2 * 0.731059 + 0.880797) / 3 = 0.780971. Observed: a half for the
     tie; 2 of 3. Error: (1 * 0 + 3 * 0.114305) / 4 = 0.085729.
     """
     got = calibration(numbers(0, 1, 0, 5), numbers(0, 0, 1, 3), buckets=2)
@@ -134,7 +134,7 @@ def test_calibration_by_hand():
     assert [row["observed"] for row in got["calibration"]] == pytest.approx([0.5, 2 / 3], abs=1e-12)
 
 
-def test_calibration_tells_a_calibrated_model_from_an_overconfident_one():
+def test_calibration_distinguishes_calibrated_from_overconfident_models():
     generator = torch.Generator().manual_seed(0)
     truth = 2 * torch.randn(50_000, generator=generator, dtype=torch.float64)
     chosen_first = torch.rand(50_000, generator=generator) < truth.sigmoid()
@@ -147,7 +147,7 @@ def test_calibration_tells_a_calibrated_model_from_an_overconfident_one():
     assert [row["pairs"] for row in overconfident["calibration"]] == [5000] * 10
 
 
-def test_rewards_that_are_nan_are_left_out_of_calibration_and_histogram():
+def test_nan_rewards_are_left_out_of_calibration_and_histogram():
     chosen, rejected = numbers(math.nan, 1, math.inf), numbers(0, 0, 0)
     assert sum(row["pairs"] for row in calibration(chosen, rejected)["calibration"]) == 2
     assert calibration(chosen[:1], rejected[:1]) == {"calibration_error": 0.0, "calibration": []}
@@ -155,10 +155,10 @@ def test_rewards_that_are_nan_are_left_out_of_calibration_and_histogram():
     assert histogram(chosen[:1], chosen[:1]) == {"edges": [], "chosen": [], "rejected": []}
 
 
-# -- Buckets, places, histogram. -----------------------------------------------------------------------------------------
+# -- Buckets, positions, histogram. --------------------------------------------------------------------------------------
 
 
-def test_like_values_share_a_bucket_and_equal_ones_always_do():
+def test_buckets_hold_similar_values_and_never_split_equal_ones():
     assert [i.tolist() for i in like(numbers(5, 1, 4, 2, 3, 6), 3)] == [[1, 3], [2, 4], [0, 5]]
     assert [i.tolist() for i in like(numbers(0, 0, 0, 0, 0, 0, 9, 0, 0, -9), 5)] == [[9], [0, 1, 2, 3, 4, 5, 7, 8], [6]]
     assert [i.tolist() for i in like(torch.zeros(4), 5)] == [[0, 1, 2, 3]]
@@ -187,8 +187,8 @@ def test_right_by_tenth_against_a_loop(n):
     assert got.shape == (pairs, 10) and got.dtype == torch.float64
 
 
-def test_right_by_tenth_looks_at_the_range_alone():
-    """20 positions from 3 on, right from the seventh on, with garbage before and after."""
+def test_right_by_tenth_ignores_rewards_outside_the_range():
+    """20 positions from 3 on, correct from the seventh on, with garbage before and after."""
     chosen, rejected = torch.full((1, 30), math.nan), torch.zeros(1, 30)
     chosen[0, 3:9], chosen[0, 9:23], chosen[0, 23:] = -1, 1, -9
     got = right_by_tenth(chosen, rejected, torch.tensor([3]), torch.tensor([23]))
@@ -203,27 +203,20 @@ def test_the_histogram_counts_every_reward_once():
     assert same == {"edges": [1.5, 2.0, 2.5], "chosen": [0, 2], "rejected": [0, 2]}
 
 
-# -- All together. -------------------------------------------------------------------------------------------------------
+# -- All metrics. --------------------------------------------------------------------------------------------------------
 
 
 def group(lengths, pairs, prompt_pairs, subset="", source=0):
     columns = {"chosen": [c for c, _ in pairs], "rejected": [r for _, r in pairs]}
-    about = {
-        "pairs": len(pairs),
-        "prompt_pairs": prompt_pairs,
-        "subset": [subset] * len(pairs),
-        "source": [source] * len(pairs),
-    }
-    return {"completions": [[1] * n for n in lengths], **columns, **about}  # fmt: skip
+    about = {"pairs": len(pairs), "prompt_pairs": prompt_pairs}
+    about |= {"subset": [subset] * len(pairs), "source": [source] * len(pairs)}
+    return {"completions": [[1] * n for n in lengths], **columns, **about}
 
 
-def test_what_is_known_of_pairs_beforehand():
+def test_describe_by_hand():
     """The second prompt has two groups, of one and two pairs, so each of its three pairs weighs a third."""
-    groups = [
-        group([3, 5], [(0, 1)], 1, "x"),
-        group([9, 2], [(1, 0)], 3),
-        group([4, 4, 7], [(0, 2), (1, 2)], 3, source=1),
-    ]
+    groups = [group([3, 5], [(0, 1)], 1, "x"), group([9, 2], [(1, 0)], 3)]
+    groups += [group([4, 4, 7], [(0, 2), (1, 2)], 3, source=1)]
     known = describe(groups, ["some/a.jsonl", "b.csv"], by_prompt=True)
     assert known["prompt"].tolist() == [0, 1, 1, 1]
     assert known["tokens"].tolist() == [[3, 5], [2, 9], [4, 7], [4, 7]]
@@ -241,8 +234,8 @@ def evaluated(chosen, rejected, tokens, **changes):
     return measure.measure(chosen, rejected, torch.ones(n), torch.full((n, 10), 0.5), **known) | {"step": 3}
 
 
-def test_all_figures_by_hand():
-    """Losses 1, 1, 1 and 5, where the last weighs a third: (3 + 5 / 3) / (10 / 3) = 1.4. Differences 1, 2, -1, 0.
+def test_all_metrics_by_hand():
+    """Losses 1, 1, 1 and 5, of which the last weighs a third: (3 + 5 / 3) / (10 / 3) = 1.4. Differences 1, 2, -1, 0.
 
     Rewards 1 2 3 4 | 0 0 4 4: mean 2.25, squares 1 + 4 + 9 + 16 + 16 + 16 = 62 - 8 * 5.0625 = 21.5, / 7, root 1.752549.
     """
@@ -265,7 +258,7 @@ def test_all_figures_by_hand():
     assert json.loads(json.dumps(got)) == got
 
 
-def test_a_model_that_counts_words_is_found_out():
+def test_a_model_that_only_measures_length_is_reported():
     """The chosen answer is always the longer one, and the reward is its length."""
     generator = torch.Generator().manual_seed(0)
     rejected = torch.randint(5, 40, (200,), generator=generator)
@@ -279,8 +272,8 @@ def test_a_model_that_counts_words_is_found_out():
     assert "Length alone does as well as this model: always choosing the shorter answer gets 100.0% right." in swapped
 
 
-def test_a_model_that_is_better_than_length_is_not_accused():
-    """180 of 200 right, the longer answer in 90 of 200, equal in 20, so the shorter one in 90."""
+def test_a_model_better_than_length_gets_no_length_warning():
+    """180 of 200 pairs are right. The longer answer is chosen in 90 and the shorter one in 90; 20 have equal lengths."""
     tokens = torch.tensor([[9, 5]] * 90 + [[5, 5]] * 20 + [[5, 9]] * 90)
     chosen = torch.where(torch.arange(200) % 10 == 0, -1.0, 1.0)
     row = evaluated(chosen, torch.zeros(200), tokens)
@@ -291,7 +284,7 @@ def test_a_model_that_is_better_than_length_is_not_accused():
     assert "\n" not in headline(row)
 
 
-def test_numbers_that_are_none_are_measured_all_the_same():
+def test_nan_rewards_are_measured_without_an_error():
     row = evaluated(torch.full((6,), math.nan), torch.full((6,), math.nan), torch.ones(6, 2))
     assert (row["eval_accuracy"], row["eval_ties"]) == (0.0, 0) and math.isnan(row["eval_reward_margin"])
     assert "gets 0.0% right" in final_report(row) and headline(row)

@@ -36,7 +36,7 @@ def test_a_classifier_of_two_labels_gets_a_new_head(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_reward_for_every_token_and_it_depends_on_nothing_behind(model_folder, family):
+def test_every_token_has_a_reward_that_depends_on_no_later_token(model_folder, family):
     model, _, tokenizer = load(model_folder(family))
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_head_and_its_rewards_are_fp32_under_autocast(model_folder):
 
 
 def test_dropout_is_off(model_folder):
-    """GPT-2's config has dropout 0.1 everywhere."""
+    """GPT-2's config sets dropout 0.1 everywhere."""
     model, config, _ = load(model_folder("gpt2"))
     assert config.resid_pdrop == 0.1 and not any(module.training for module in model.modules())
     ids = torch.arange(10, 20)[None]
@@ -79,7 +79,7 @@ def test_the_empty_model_takes_no_memory(model_folder):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_the_published_head_is_normal_with_standard_deviation_1_over_the_root_of_width_plus_1():
+def test_the_published_head_has_standard_deviation_1_over_sqrt_of_width_plus_1():
     """1 / sqrt(4095 + 1) = 1 / 64 = 0.015625; with 4095 numbers the estimate is within 4 / sqrt(2 * 4095) = 4.4 %."""
     head = init_head(4095, seed=0, published=True)
     assert head.shape == (1, 4095) and head.dtype == torch.float32
@@ -91,7 +91,7 @@ def test_the_published_head_is_normal_with_standard_deviation_1_over_the_root_of
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_new_head_starts_within_0_05_of_log_2_in_every_precision(model_folder, family):
-    """Also with final states thirty times as large as a random model's, for which the published head is not suited."""
+    """Even with final states thirty times as large as a random model's, which are too large for the published head."""
     model, _, _ = load(model_folder(family))
     ids = torch.randint(5, 200, (32, 20), generator=torch.Generator().manual_seed(0))
 
@@ -124,7 +124,7 @@ def with_vocabulary(folder, family, tokenizer, vocab_size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spare", [0, 1, 50])
-def test_a_pad_token_is_added_where_there_is_none_and_embeddings_only_where_they_are_full(tmp_path, family, spare):
+def test_a_missing_pad_token_is_added_and_full_embeddings_grow(tmp_path, family, spare):
     tokenizer = make_tokenizer()
     count = len(tokenizer)
     folder = with_vocabulary(tmp_path / "in", family, tokenizer, count + spare)
@@ -151,7 +151,7 @@ def test_a_pad_token_that_is_eos_is_replaced(tmp_path):
     assert config.pad_token_id == theirs.pad_token_id == len(tokenizer) != theirs.eos_token_id
 
 
-def test_a_pad_token_of_its_own_is_kept(tmp_path):
+def test_a_pad_token_other_than_eos_is_kept(tmp_path):
     tokenizer = make_tokenizer(pad="<pad>")
     config, theirs = load_config(str(with_vocabulary(tmp_path, "llama", tokenizer, len(tokenizer))))
     assert (theirs.pad_token, len(theirs)) == ("<pad>", len(tokenizer))
@@ -159,11 +159,10 @@ def test_a_pad_token_of_its_own_is_kept(tmp_path):
     assert config.vocab_size == len(tokenizer)
 
 
-def test_padding_goes_to_the_right_whatever_the_tokenizer_says(tmp_path):
+def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path):
     tokenizer = make_tokenizer()
     folder = with_vocabulary(tmp_path, "gpt2", tokenizer, len(tokenizer))
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": "left"}))
+    edited(folder / "tokenizer_config.json", padding_side="left")
     assert transformers.AutoTokenizer.from_pretrained(folder).padding_side == "left"
     _, theirs = load_config(str(folder))
     assert theirs.padding_side == "right"
@@ -203,22 +202,14 @@ def config_only(folder, config):
         (transformers.ViTConfig(), "vit is not a decoder"),
         (transformers.XLNetConfig(), "xlnet is not a decoder"),
         (transformers.CLIPConfig(), "clip_text_model is not a decoder"),
-        (
-            transformers.GPT2Config(quantization_config={"quant_method": "gptq", "bits": 4}),
-            "its weights are quantised (gptq)",
-        ),
-        (
-            transformers.LlamaConfig(quantization_config={"quant_method": "awq", "bits": 4}),
-            "its weights are quantised (awq)",
-        ),
-        (
-            transformers.LlamaConfig(quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()),
-            "(bitsandbytes) and cannot be trained; use the unquantised original",
-        ),
+        (transformers.GPT2Config(quantization_config={"quant_method": "gptq", "bits": 4}), "its weights are quantised (gptq)"),
+        (transformers.LlamaConfig(quantization_config={"quant_method": "awq", "bits": 4}), "its weights are quantised (awq)"),
+        (transformers.LlamaConfig(quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()),
+         "(bitsandbytes), which cannot be trained; give the model it was made from"),
     ],
     ids=lambda value: type(value).__name__.removesuffix("Config") if not isinstance(value, str) else "",
-)
-def test_what_is_no_decoder_or_could_not_be_loaded_afterwards_is_refused(tmp_path, config, wanted):
+)  # fmt: skip
+def test_encoders_and_quantised_models_are_refused(tmp_path, config, wanted):
     assert wanted in refusal(config_only(tmp_path, config))
 
 
@@ -230,21 +221,19 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     assert "no EOS token" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model_type": "nonsense"},
-        {"hidden_size": "wide"},
-        {"num_attention_heads": 5},
-        {"rope_parameters": {"rope_type": "x"}},
-    ],
-    ids=str,
-)
+def edited(path, **changes):
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BROKEN = {"model_type": "nonsense"}, {"hidden_size": "wide"}, {"num_attention_heads": 5}, {"rope_parameters": {"rope_type": "x"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", BROKEN, ids=str)
 def test_a_config_that_makes_no_model_is_refused(model_folder, tmp_path, changes):
     shutil.copytree(model_folder("llama"), tmp_path / "x")
-    path = tmp_path / "x" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert re.search("that transformers can load|cannot build a model", refusal(tmp_path / "x"))
+    edited(tmp_path / "x" / "config.json", **changes)
+    assert re.search("not one for transformers|cannot make a model", refusal(tmp_path / "x"))
 
 
 def test_a_config_that_is_not_json_is_refused(model_folder, tmp_path):
@@ -258,18 +247,16 @@ def test_a_folder_without_a_tokenizer_is_refused(model_folder, tmp_path):
     assert "its tokenizer cannot be loaded" in refusal(tmp_path / "x")
 
 
-def test_a_model_that_brings_its_own_code_is_refused_without_a_question(model_folder, tmp_path, monkeypatch):
-    """transformers would ask on the terminal whether to run the code, and every rank would wait for an answer."""
+def test_a_model_with_custom_code_is_refused_without_a_prompt(model_folder, tmp_path, monkeypatch):
+    """transformers would ask on the terminal whether to run the code, and every rank would wait for the answer."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     shutil.copytree(model_folder("llama"), tmp_path / "x")
-    path = tmp_path / "x" / "config.json"
-    changes = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edited(tmp_path / "x" / "config.json", model_type="custom", auto_map={"AutoConfig": "code.Config"})
     assert "custom code" in refusal(tmp_path / "x")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES_BY_NAME, *REFUSED])
-def test_buffers_that_no_checkpoint_has_are_those_of_from_pretrained(family, tmp_path):
+def test_buffers_that_are_not_stored_equal_those_of_from_pretrained(family, tmp_path):
     """Rotary frequencies, masks and embedding scales are bitwise equal in every family."""
     kind, values = {**FAMILIES_BY_NAME, **REFUSED}[family]
     config = transformers.CONFIG_MAPPING[kind](**values | {"vocab_size": 50, "max_position_embeddings": 64})
@@ -281,7 +268,7 @@ def test_buffers_that_no_checkpoint_has_are_those_of_from_pretrained(family, tmp
         assert torch.equal(buffer, wanted[name]) and buffer.dtype == wanted[name].dtype, name
 
 
-def test_the_reward_model_takes_a_trunk_that_a_person_made():
+def test_the_reward_model_accepts_any_trunk():
     config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     rewards = RewardModel(transformers.AutoModel.from_config(config))(torch.arange(10)[None])
     assert rewards.shape == (1, 10) and rewards.requires_grad

@@ -9,7 +9,7 @@ from minirm.plan import WINDOW_STEPS, Step, make_plan, steps_per_epoch
 
 
 def data(count, seed=0):
-    """(lengths 10..500, pairs 1..4) of this many groups."""
+    """(lengths 10..500, pairs 1..4) of `count` groups."""
     rng = random.Random(seed)
     return [rng.randint(10, 500) for _ in range(count)], [rng.randint(1, 4) for _ in range(count)]
 
@@ -24,7 +24,7 @@ SHAPES = [(1, 1, 1), (1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 4, 1), (2, 4, 4), (3, 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 131, 333])
 @pytest.mark.parametrize("world_size, batch_size, accumulation", SHAPES)
-def test_every_group_comes_exactly_once(world_size, batch_size, accumulation, count, shuffle):
+def test_every_group_is_planned_exactly_once(world_size, batch_size, accumulation, count, shuffle):
     lengths, pairs = data(count)
     shape = {"world_size": world_size, "batch_size": batch_size, "accumulation": accumulation}
     plan = make_plan(lengths, pairs, **shape, seed=3, epoch=1, shuffle=shuffle)
@@ -68,7 +68,7 @@ def plan_by_lists(lengths, weights, world_size, batch_size, accumulation, seed, 
 @pytest.mark.parametrize("tokens", [0, 900])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("count", [1, 7, 131, 1000])
-def test_steps_worked_out_one_by_one_are_those_worked_out_all_at_once(count, shuffle, tokens):
+def test_lazily_computed_steps_equal_the_whole_plan(count, shuffle, tokens):
     lengths, pairs = data(count)
     weights = [n / 3 for n in pairs]
     for shape in SHAPES[:8]:
@@ -81,7 +81,7 @@ def test_steps_worked_out_one_by_one_are_those_worked_out_all_at_once(count, shu
 
 
 def test_a_step_by_hand():
-    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1; dealt forward, then back; pairs 6+3+5+1 = 15 and 4+2 = 6."""
+    """Six groups, 2 ranks x 1 x 2: sorted 5 2 4 0 | 3 1, dealt forward, then backward; pairs 6+3+5+1 = 15 and 4+2 = 6."""
     plan = make_plan(
         [30, 10, 50, 20, 40, 60], [1, 2, 3, 4, 5, 6], world_size=2, batch_size=1, accumulation=2, shuffle=False
     )
@@ -89,7 +89,7 @@ def test_a_step_by_hand():
 
 
 @pytest.mark.parametrize("count", [64, 61])
-def test_steps_do_not_depend_on_how_they_are_split_over_ranks_and_micro_steps(count):
+def test_steps_do_not_depend_on_their_split_over_ranks_and_micro_steps(count):
     lengths, pairs = data(count)
     plans = [
         make_plan(lengths, pairs, world_size=w, batch_size=b, accumulation=a, seed=1, epoch=2)
@@ -100,8 +100,8 @@ def test_steps_do_not_depend_on_how_they_are_split_over_ranks_and_micro_steps(co
     assert len({tuple(groups) for groups, _ in steps[0]}) == 16
 
 
-def test_in_a_short_last_micro_step_no_rank_has_two_while_another_has_none():
-    """19 groups, 4 ranks x 4: one step of 16 and one of 3, in which three ranks have one each and the fourth none."""
+def test_a_short_last_micro_step_is_spread_evenly_over_ranks():
+    """19 groups, 4 ranks x 4: a step of 16 and a step of 3, in which three ranks get one each and the fourth none."""
     lengths, pairs = data(19)
     plan = make_plan(lengths, pairs, world_size=4, batch_size=4, seed=0)
     sizes = sorted([len(groups) for groups in micro] for step in plan for micro in step.micro_steps)
@@ -122,7 +122,7 @@ def test_nothing_to_plan():
 
 
 def test_the_plan_is_the_same_on_every_rank():
-    """The same arguments give the same plan, whatever is drawn from torch's generator in between."""
+    """The same arguments give the same plan, regardless of the state of torch's global generator."""
     lengths, pairs = data(100)
     arguments = {"world_size": 2, "batch_size": 2, "accumulation": 2, "seed": 5, "epoch": 3}
     before = torch.get_rng_state()
@@ -140,13 +140,13 @@ def test_every_epoch_and_every_seed_has_its_own_order():
         for epoch in range(3)
     ]
     assert len({tuple(order) for order in orders}) == 9
-    # ... and other groups come together in a step, not just the steps in another order.
+    # The steps also combine other groups: they are not the same steps in another order.
     steps = [{frozenset(order[i : i + 4]) for i in range(0, 100, 4)} for order in orders]
     assert all(len(a & b) < 13 for i, a in enumerate(steps) for b in steps[:i])
 
 
 @pytest.mark.parametrize("seed", [0, 2**40, 2**63, -1])
-def test_any_seed_that_torch_takes_can_be_used(seed):
+def test_any_seed_that_torch_accepts_works(seed):
     plan = make_plan(*data(10), world_size=1, batch_size=1, seed=seed, epoch=1)
     assert sorted(groups_of(plan)) == list(range(10))
 
@@ -165,7 +165,7 @@ def test_without_shuffling_the_longest_come_first():
 
 
 def padding_share(plan, lengths):
-    """Share of padding if every micro-step is as long as its longest group on any rank."""
+    """Share of padding if every rank pads a micro-step to its longest group on any rank."""
     places = tokens = 0
     for step in plan:
         for micro in step.micro_steps:
@@ -175,8 +175,8 @@ def padding_share(plan, lengths):
     return 1 - tokens / places
 
 
-def test_rows_of_like_length_come_together_on_all_ranks():
-    """Lengths uniform in 10..500, micro-steps of 8. Unsorted: 1 - 255 / (10 + 490 * 8/9) = 0.43.
+def test_groups_of_similar_length_share_a_micro_step():
+    """Lengths uniform in 10..500, micro-steps of 8. Unsorted, 1 - 255 / (10 + 490 * 8/9) = 0.43 is padding.
 
     Sorted in windows of 16 x 16 = 256 groups, a micro-step spans 8 / 256 of the lengths: about 8 of 255 tokens, 0.03.
     """
@@ -190,9 +190,9 @@ def test_rows_of_like_length_come_together_on_all_ranks():
 
 
 def test_no_rank_waits_long_for_another_within_a_step():
-    """Realistic lengths, 8 ranks, 4 micro-steps: the largest work of a rank over the mean, averaged over steps.
+    """Realistic lengths, 8 ranks, 4 micro-steps: the busiest rank's work over the mean, averaged over steps.
 
-    If all micro-steps were dealt in the same order, rank 0 would get the longest of all four: 1.0135 here.
+    If all micro-steps were dealt in the same order, rank 0 would get the longest group of all four: 1.0135 here.
     """
     lengths = (300 * torch.exp(0.5 * torch.randn(8192, generator=torch.Generator().manual_seed(0)))).clamp(max=550)
     plan = make_plan(lengths.tolist(), [1] * 8192, world_size=8, batch_size=1, accumulation=4)
@@ -202,7 +202,7 @@ def test_no_rank_waits_long_for_another_within_a_step():
 
 
 @pytest.mark.parametrize("world_size, tokens", [(1, 100), (2, 100), (2, 37), (3, 1000)])
-def test_micro_steps_by_tokens_hold_no_more_than_fit_and_make_up_the_same_steps(world_size, tokens):
+def test_micro_steps_by_tokens_fit_their_budget_and_form_the_same_steps(world_size, tokens):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(5, 60, (101,), generator=generator).tolist()
     shape = {"world_size": world_size, "batch_size": 2, "accumulation": 5}
@@ -216,7 +216,7 @@ def test_micro_steps_by_tokens_hold_no_more_than_fit_and_make_up_the_same_steps(
             most = max(map(len, micro))
             assert most == 1 or most * longest <= tokens
             assert most - min(map(len, micro)) <= 1
-        # Greedy: the next micro-step's longest prompt would not have fitted into the one before.
+        # Greedy: every micro-step but the last is full.
         for first, following in zip(new.micro_steps, new.micro_steps[1:]):
             fit = max(1, tokens // max(lengths[g] for of_rank in first for g in of_rank))
             assert sum(map(len, first)) == fit * world_size and following

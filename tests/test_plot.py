@@ -1,7 +1,7 @@
 """Plots of runs: `python -m pytest tests/test_plot.py`. Needs matplotlib; no network. Tiny train.py runs.
 
-The tests read the drawing back from matplotlib's own objects. The rows of `RUN` are made up so that every value is easy
-to check: the evaluation with the lowest loss is at step 20, neither the one before training nor the last.
+The tests read the drawing back from matplotlib's objects. The rows of `RUN` are made up to be easy to check: the lowest
+evaluation loss is at step 20, neither before training nor at the last step.
 """
 
 import json
@@ -28,14 +28,8 @@ def evaluation(step, loss, accuracy):
 
 
 def training(step, loss, accuracy, pairs, scale=1.0, skipped=0):
-    return {
-        "step": step,
-        "loss": loss,
-        "accuracy": accuracy,
-        "pairs": pairs,
-        "loss_scale": scale,
-        "skipped_steps": skipped,
-    }
+    row = {"step": step, "loss": loss, "accuracy": accuracy, "pairs": pairs}
+    return row | {"loss_scale": scale, "skipped_steps": skipped}
 
 
 RUN = [
@@ -43,14 +37,8 @@ RUN = [
     training(20, 0.6, 0.7, 4, 32768.0, 2), training(30, 0.3, 0.9, 4, 32768.0, 2), evaluation(30, 0.7, 0.7),
 ]  # fmt: skip
 
-OLD = [
-    {
-        key: value
-        for key, value in row.items()
-        if key in ("step", "loss", "accuracy", "pairs", "eval_loss", "eval_accuracy")
-    }
-    for row in RUN
-]
+OLD_KEYS = ("step", "loss", "accuracy", "pairs", "eval_loss", "eval_accuracy")
+OLD = [{key: row[key] for key in OLD_KEYS if key in row} for row in RUN]
 
 
 def lines(panel):
@@ -65,13 +53,8 @@ def write_run(folder, rows, end=""):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "minirm.plot", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    argv = [sys.executable, "-m", "minirm.plot", *map(str, arguments)]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def test_a_panel_shows_the_values_of_metrics_jsonl():
@@ -86,7 +69,7 @@ def test_a_panel_shows_the_values_of_metrics_jsonl():
     (band,) = accuracy.collections
     ends = sorted(tuple(point) for point in band.get_paths()[0].vertices if point[0] == 20)
     assert ends[0] == pytest.approx((20, 0.65)) and ends[-1] == pytest.approx((20, 0.80))
-    # Of 8 answers 2 and 6, in bins of width 2: 2 / 8 / 2 and 6 / 8 / 2 of them per unit of reward.
+    # 2 and 6 of 8 answers, in bins of width 2: densities 2 / 8 / 2 and 6 / 8 / 2.
     heights = {patch.get_label(): list(patch.get_data().values) for patch in rewards.patches}
     assert heights == {"chosen": [0, 0.125, 0.375], "rejected": [0.375, 0.125, 0]}
     assert lines(calibration)["measured, error 0.100"] == ([0.6, 0.9], [0.5, 1.0])
@@ -96,7 +79,7 @@ def test_a_panel_shows_the_values_of_metrics_jsonl():
     assert lines(scale)["skipped steps: 2"] == ([20], [32768.0])
 
 
-def test_every_panel_names_its_axes_and_what_is_in_it():
+def test_every_panel_has_a_title_axis_labels_and_a_legend():
     for runs in ({"run": RUN}, {"a": RUN, "b": RUN}):
         figure = plot.draw(runs)
         for panel in figure.axes:
@@ -112,36 +95,36 @@ def test_several_runs_differ_in_colour_and_marker():
     assert len({line.get_color() for line in held_out}) == len({line.get_marker() for line in held_out}) == 3
 
 
-def test_what_was_not_measured_is_left_out():
+def test_missing_metrics_are_left_out():
     panels = plot.draw({"run": [*OLD, {**RUN[-1], "step": 40, "eval_loss": None, "eval_accuracy": None}]}).axes
-    assert lines(panels[0])["held-out"][0] == [0, 20, 30]  # a loss that is not finite is null in metrics.jsonl
+    assert lines(panels[0])["held-out"][0] == [0, 20, 30]  # a non-finite loss is null in metrics.jsonl
     texts = [[text.get_text() for text in panel.texts] for panel in panels]
     assert texts == [[], [], *[["not in metrics.jsonl"]] * 3, ["not used with fp32 and bf16"]]
     assert not plot.draw({"run": [training(10, 1.0, 0.5, 4)]}).axes[1].collections  # killed before any evaluation
 
 
-def test_a_long_training_curve_keeps_its_exact_means_over_pairs():
-    """250 rows are drawn as 84 points of 3 (the last of 1): the first is (1*1 + 2*2 + 3*3) / (1 + 2 + 3) = 14/6."""
+def test_a_long_training_curve_is_averaged_over_pairs():
+    """250 rows are drawn as 84 points of 3 rows, the last of 1. The first is (1*1 + 2*2 + 3*3) / (1 + 2 + 3) = 14/6."""
     rows = [training(i, float(i), 0.5, i) for i in range(1, 251)]
     steps, values = plot.training_curve(rows, "loss")
     assert len(steps) == 84 and steps[:2] == [3, 6] and steps[-1] == 250
     assert values[0] == pytest.approx(14 / 6) and values[-1] == 250
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path):
+def test_a_torn_last_line_is_skipped(tmp_path):
     run = write_run(tmp_path / "run", RUN, end='{"step": 40, "los')
     assert plot.read_rows(run) == RUN
 
 
 @pytest.mark.parametrize("content", [None, "", "not JSON\n", '[1]\n{"step": "x"}\n'])
-def test_a_folder_that_is_no_run_is_refused(tmp_path, content):
+def test_a_folder_without_a_run_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(InputError, match=f"{tmp_path}: .*metrics.jsonl"):
         plot.read_rows(tmp_path)
 
 
-def test_the_command_draws_one_run_into_its_folder_and_several_where_it_is_told(tmp_path, capsys):
+def test_the_command_draws_one_run_into_its_folder_and_several_to_output(tmp_path, capsys):
     a, b = write_run(tmp_path / "a", RUN), write_run(tmp_path / "b", OLD)
     assert plot.main([str(a)]) == plot.main([str(a), str(b), "--output", str(tmp_path / "both.png")]) == 0
     for picture in (a / "curves.png", tmp_path / "both.png"):
@@ -166,34 +149,17 @@ def test_drawing_leaves_the_global_backend_alone(tmp_path):
     assert result.stdout.split() == ["None", "False"]
 
 
-def test_train_py_leaves_the_picture_behind_or_says_how_to_get_it(server, model_folder, tmp_path):
+def test_train_py_writes_the_plot_or_says_how_to_get_it(server, model_folder, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", make_comparisons(8))
-    flags = [
-        "--model",
-        model_folder("gptj"),
-        "--train_data",
-        data,
-        "--eval_data",
-        data,
-        "--max_steps",
-        2,
-        "--logging_steps",
-        1,
-    ]
-    run = server.run(*flags, "--output_dir", tmp_path / "without")  # see processes.py
+    flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--max_steps", 2]
+    flags += ["--logging_steps", 1, "--output_dir"]
+    run = server.run(*flags, tmp_path / "without")  # processes.py hides matplotlib
     assert run.codes == [0] and not (tmp_path / "without" / "curves.png").exists()
-    assert (
-        f"no curves.png: matplotlib is not installed; run: pip install matplotlib && python -m minirm.plot {tmp_path / 'without'}"
-        in run.text()
-    )
-    run = server.run(*flags, "--output_dir", tmp_path / "broken", patch="train.save_curves = None")  # not callable
-    assert (
-        run.codes == [0]
-        and (tmp_path / "broken" / "config.json").exists()
-        and "no curves.png: 'NoneType'" in run.text()
-    )
-    run = server.run(
-        *flags, "--output_dir", tmp_path / "with", world=2, patch="import sys; del sys.modules['matplotlib']"
-    )
+    wanted = "no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot "
+    assert wanted + str(tmp_path / "without") in run.text()
+    run = server.run(*flags, tmp_path / "broken", patch="train.save_curves = None")  # not callable
+    assert run.codes == [0] and (tmp_path / "broken" / "config.json").exists()
+    assert "no curves.png: 'NoneType'" in run.text()
+    run = server.run(*flags, tmp_path / "with", world=2, patch="import sys; del sys.modules['matplotlib']")
     assert run.codes == [0, 0] and (tmp_path / "with" / "curves.png").exists()
     assert json.loads((tmp_path / "with" / "run.json").read_text())["finished"] == 2

@@ -1,7 +1,7 @@
-"""From files to groups of token ids: filters, held-out prompts, several files, the cache.
+"""Preparing data: filters, held-out prompts, several files, the cache. Run: pytest tests/test_prepare.py
 
-Run: pytest tests/test_prepare.py. No network; two tests start processes. Tests that count tokens use a tokenizer without
-merges: one token per character, and one for EOS.
+No network; two tests start processes. Tests that count tokens use a tokenizer without merges: one token per character,
+and one for EOS.
 """
 
 import os
@@ -24,7 +24,7 @@ def read(source, keep="worth"):
     return list(read_texts(str(source), make_tokenizer(), "|", report, keep)), report
 
 
-def test_a_missing_evaluation_file_is_refused_before_anything_is_tokenised(characters, tmp_path, monkeypatch):
+def test_a_missing_evaluation_file_is_refused_before_tokenising(characters, tmp_path, monkeypatch):
     monkeypatch.setattr(minirm.data.prepare, "tokenise", lambda *_, **__: pytest.fail("tokenised"))
     train = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(10)))
     message = refusal(prepare, characters, [train], [str(tmp_path / "none.jsonl")], cache_dir=tmp_path)
@@ -42,10 +42,10 @@ def test_a_missing_evaluation_file_is_refused_before_anything_is_tokenised(chara
         ([{"prompt": "p", "chosen": ELEVEN, "rejected": NINE}], "1 comparisons read; 1 held out"),
     ],
 )  # fmt: skip
-def test_nothing_left_is_refused_with_the_reasons(characters, tmp_path, rows, why):
+def test_data_of_which_nothing_is_left_is_refused_with_the_reasons(characters, tmp_path, rows, why):
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
     other = [] if "held out" in why else [str(write_jsonl(tmp_path / "y.jsonl", make_comparisons(2)))]
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second call reads the cache
         message = refusal(prepare, characters, [source], other, max_length=50, cache_dir=tmp_path)
         assert message == f"{source}: nothing left to train on: {why}"
 
@@ -58,7 +58,7 @@ def test_nothing_left_to_evaluate_on_is_refused(characters, tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0, 1.0, float("nan")])
-def test_impossible_shares_are_refused(characters, tmp_path, fraction):
+def test_impossible_eval_fractions_are_refused(characters, tmp_path, fraction):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(5)))
     assert refusal(prepare, characters, [source], cache_dir=tmp_path, eval_fraction=fraction).startswith(
         "--eval_fraction must "
@@ -80,7 +80,7 @@ FILTERED = [
 ]
 
 
-def test_filters_leave_out_ties_identical_pairs_and_answers_under_five_words(tmp_path):
+def test_filters_drop_ties_identical_pairs_and_answers_under_five_words(tmp_path):
     found, report = read(write_jsonl(tmp_path / "x.jsonl", FILTERED))
     assert [(e["prompt"], e["texts"], e["chosen"], e["rejected"], e["margin"]) for e in found] == [
         ("p", [f"p|{NINE}", f"p|{ELEVEN}"], (0,), (1,), (0.0,)),
@@ -98,20 +98,20 @@ def test_filters_leave_out_ties_identical_pairs_and_answers_under_five_words(tmp
     }
 
 
-def test_a_file_to_be_measured_on_is_taken_whole_but_for_ties(tmp_path):
+def test_evaluation_files_lose_only_their_ties(tmp_path):
     found, report = read(write_jsonl(tmp_path / "x.jsonl", FILTERED), keep="labelled")
     assert len(found) == 6 and (report["read"], report["dropped: tie"]) == (7, 1)
     assert len(read(tmp_path / "x.jsonl", keep="all")[0]) == 7
 
 
 def test_every_comparison_is_kept_or_counted_as_dropped(characters, tmp_path):
-    """With --max_length 40, one answer of over 60 characters is too long by itself, and one prompt is truncated."""
+    """With --max_length 40, an answer of over 60 characters is too long by itself, and a prompt of 60 is truncated."""
     rows = [
         *FILTERED,
         {"prompt": "q", "chosen": NINE, "rejected": "x y z v " + "w" * 60},
         {"prompt": "p" * 60, "chosen": NINE, "rejected": ELEVEN},
-        {"prompt": "r", "chosen": NINE, "rejected": NINE + "<|endoftext|>"},  # other texts, the same tokens
-        {"prompt": "p" * 60, "chosen": ELEVEN, "rejected": ELEVEN + "<|endoftext|>"},  # the same, and too long
+        {"prompt": "r", "chosen": NINE, "rejected": NINE + "<|endoftext|>"},  # different texts with equal tokens
+        {"prompt": "p" * 60, "chosen": ELEVEN, "rejected": ELEVEN + "<|endoftext|>"},  # the same, but too long
     ]
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
     data = prepare(characters, [source], [source], max_length=40, cache_dir=tmp_path)
@@ -155,7 +155,7 @@ def prompts_of(part, tokenizer):
     return {tokenizer.decode(group["prefix"] + group["completions"][0]).split("|")[0] for group in part}
 
 
-def test_whole_prompts_are_held_out_and_never_stand_on_both_sides(characters, tmp_path):
+def test_whole_prompts_are_held_out_and_never_in_both_splits(characters, tmp_path):
     rows = make_comparisons(200, per_prompt=4)  # 50 prompts
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
     splits = []
@@ -205,15 +205,15 @@ STRENGTH = {"prompt": "p", "response_1": NINE, "response_2": "e d c b a", "prefe
 
 
 def several(tmp_path):
-    """Files a (prompts p, q; texts), b (prompts p, r; HelpSteer, one tie) and c (a ranked list of r)."""
+    """Files a (texts for prompts p and q), b (HelpSteer for p and r, one tie) and c (a ranked list for r)."""
     strengths = [STRENGTH, STRENGTH | {"prompt": "r"}, STRENGTH | {"preference_strength": 0}]
     ranked = [{"prompt": "r", "completions": [ELEVEN, NINE, "too short"]}]
     files = {"a": [TEXTS, TEXTS | {"prompt": "q"}], "b": strengths, "c": ranked}
     return [str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in files.items()]
 
 
-def test_each_comparison_of_several_files_carries_the_number_of_its_own(characters, tmp_path):
-    """A prompt in two files forms one group, and an answer in both is kept once."""
+def test_each_comparison_carries_the_number_of_its_file(characters, tmp_path):
+    """A prompt in two files forms one group, which keeps an answer in both files once."""
     a, b, c = several(tmp_path)
     data = prepare(characters, [a, b], [c, a], separator="|", cache_dir=tmp_path)
     assert [group["source"] for group in data.train] == [[0, 1], [0], [1]]
@@ -235,7 +235,7 @@ def test_each_comparison_of_several_files_carries_the_number_of_its_own(characte
     assert minirm.data.prepare.totals(data.report["train"])["kept"] == 4 == sum(data.train["pairs"])
 
 
-def test_held_out_comparisons_of_several_files_are_counted_for_each(characters, tmp_path):
+def test_held_out_comparisons_are_counted_for_each_file(characters, tmp_path):
     rows = make_comparisons(40)
     files = [str(write_jsonl(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate((rows[:10], rows[10:]))]
     data = prepare(characters, files, eval_fraction=0.2, cache_dir=tmp_path)
@@ -246,7 +246,7 @@ def test_held_out_comparisons_of_several_files_are_counted_for_each(characters, 
     assert [row["source"] for row in data.report["eval"]] == files
 
 
-def test_the_order_of_files_is_part_of_what_was_prepared(characters, tmp_path):
+def test_files_in_another_order_are_prepared_again(characters, tmp_path):
     a, b, _ = several(tmp_path)
     first, second = (prepare(characters, files, [a], cache_dir=tmp_path) for files in ([a, b], [b, a]))
     assert first.sources["train"] == second.sources["train"][::-1] and len(set(first.sources["train"])) == 2
@@ -260,7 +260,7 @@ def test_the_order_of_files_is_part_of_what_was_prepared(characters, tmp_path):
 
 @pytest.fixture
 def counting(monkeypatch):
-    """A list that grows by one for every part that is tokenised."""
+    """A list that grows by one with every call of tokenise, one per part."""
     calls = []
     original = minirm.data.prepare.tokenise
 
@@ -272,7 +272,7 @@ def counting(monkeypatch):
     return calls
 
 
-def test_a_second_call_does_not_tokenise_again_and_gives_the_same(counting, tmp_path):
+def test_a_second_call_gives_the_same_without_tokenising(counting, tmp_path):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     first = prepare(make_tokenizer(), [source], cache_dir=tmp_path)
     assert len(counting) == 2
@@ -299,12 +299,12 @@ def test_a_second_call_does_not_tokenise_again_and_gives_the_same(counting, tmp_
     ],
     ids=str,
 )
-def test_what_changes_the_result_is_tokenised_anew(counting, tmp_path, change):
+def test_everything_that_changes_the_result_is_tokenised_again(counting, tmp_path, change):
     path = write_jsonl(tmp_path / "x.jsonl", make_comparisons(20))
     prepare(make_tokenizer(), [str(path)], cache_dir=tmp_path)
     options = dict(change)
     tokenizer = options.pop("tokenizer", None) or make_tokenizer()
-    if options.pop("file", False):  # as long as before, and as old
+    if options.pop("file", False):  # same size and time as before
         before = path.stat()
         path.write_text(path.read_text().replace("the", "THE"))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -314,7 +314,7 @@ def test_what_changes_the_result_is_tokenised_anew(counting, tmp_path, change):
     assert len(counting) == 4
 
 
-def test_a_changed_folder_of_files_is_read_anew(characters, tmp_path):
+def test_a_changed_folder_of_files_is_read_again(characters, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", make_comparisons(10))
@@ -323,7 +323,7 @@ def test_a_changed_folder_of_files_is_read_anew(characters, tmp_path):
     assert prepare(characters, [str(folder)], cache_dir=tmp_path).report["train"][0]["read"] == 12
 
 
-def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing_that_is_used(characters, tmp_path, monkeypatch):
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     original, calls = minirm.data.tokens.to_group, []
 
@@ -341,8 +341,8 @@ def test_a_run_that_stops_half_way_leaves_nothing_that_is_used(characters, tmp_p
     assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
 
 
-def test_a_run_that_is_killed_half_way_leaves_nothing_that_is_used(characters, tmp_path):
-    """A killed process cleans up nothing, and another may get its process id, in a container nearly always."""
+def test_a_killed_run_leaves_nothing_that_is_used(characters, tmp_path):
+    """A killed process cleans up nothing, and another one may get its id. In a container it nearly always does."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
 import os, signal, minirm.data.prepare, minirm.data.tokens
@@ -361,21 +361,21 @@ minirm.data.prepare.prepare(make_tokenizer(texts=["x"]), [{source!r}], cache_dir
     )
     assert run.returncode == -9
     left = list((tmp_path / "minirm").iterdir())
-    assert len(left) == 1 and "." in left[0].name  # it was on its way
+    assert len(left) == 1 and "." in left[0].name  # it was unfinished
     assert len(prepare(characters, [source], cache_dir=tmp_path).train) == 19
-    (left,) = (tmp_path / "minirm").iterdir()  # what the killed process left is swept
+    (left,) = (tmp_path / "minirm").iterdir()  # the killed process's folder is removed
     assert "." not in left.name
 
 
-def test_two_processes_at_once_end_with_the_same(tmp_path):
-    """The slower process finds the folder in place when it tries to rename its own."""
+def test_two_concurrent_processes_end_with_the_same_data(tmp_path):
+    """When the slower process renames its folder, it finds the other one in place."""
     source = str(write_jsonl(tmp_path / "x.jsonl", make_comparisons(20)))
     script = f"""
 import os, sys, time, minirm.data.prepare
 from pathlib import Path
 from conftest import make_tokenizer
 original, here = minirm.data.prepare.write_groups, Path({str(tmp_path)!r})
-def together(*arguments):  # both have looked for the cache and found none
+def together(*arguments):  # both processes have found no cache
     (here / sys.argv[1]).touch()
     while not ((here / "a").exists() and (here / "b").exists()):
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The probe of shared rows: `python -m pytest tests/test_probe.py`. Tiny random models, no network."""
+"""The probe for shared rows: `python -m pytest tests/test_probe.py`. Tiny random models, no network."""
 
 import copy
 
@@ -13,34 +13,34 @@ from minirm.probe import probe_shared_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_probe_says_yes(family):
+def test_the_probe_accepts_every_exact_family(family):
     kind, values = FAMILIES[family]
     assert probe_shared_rows(CONFIG_MAPPING[kind](**values)) is None
 
 
-def test_the_probe_tries_the_attention_that_will_run():
+def test_the_probe_tests_the_attention_that_will_run():
     assert probe_shared_rows(CONFIG_MAPPING["llama"](attn_implementation="eager", **LLAMA)) is None
     assert "flex_attention" in probe_shared_rows(CONFIG_MAPPING["llama"](attn_implementation="flex_attention", **LLAMA))
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES.values()}))
-def test_the_probe_says_yes_to_published_sizes(kind):
+def test_the_probe_accepts_published_sizes(kind):
     assert probe_shared_rows(CONFIG_MAPPING[kind]()) is None
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_the_probe_says_no_and_why(family):
+def test_the_probe_refuses_with_a_reason(family):
     kind, values = REFUSED[family]
     reason = probe_shared_rows(CONFIG_MAPPING[kind](**values))
     assert reason.startswith(f"{kind}: ") and "\n" not in reason and len(reason) < 300
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba", "rwkv", "recurrent_gemma", "falcon_h1", "jamba", "doge"])
-def test_the_probe_says_no_to_published_sizes(kind):
+def test_the_probe_refuses_published_sizes(kind):
     assert probe_shared_rows(CONFIG_MAPPING[kind]()).startswith(f"{kind}: ")
 
 
-def test_ropes_that_change_with_length_are_exact_up_to_there():
+def test_length_dependent_ropes_are_exact_up_to_their_threshold():
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     config = CONFIG_MAPPING["llama"](max_position_embeddings=2048, rope_parameters=dynamic)
     assert probe_shared_rows(config, max_length=2048) is None
@@ -60,7 +60,7 @@ def test_ropes_that_change_with_length_are_exact_up_to_there():
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo", "llama", "mistral, window", "qwen2, windows", "gemma2"])
 def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
-    """Each of these breaks the mask slightly; the last two only in models with windows."""
+    """Each function breaks the mask slightly, the last two only in models with windows."""
     right = attention._additive
     kind, values = FAMILIES[family]
     config = CONFIG_MAPPING[kind](**values)
@@ -83,7 +83,7 @@ def test_the_probe_notices_a_wrong_mask(family, monkeypatch):
 
 
 def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
-    """Gemma 2 reduced to two layers of one kind would have no full attention."""
+    """Gemma 2 shrunk to two layers of one kind would have no full attention."""
     shrunk = probe.shrunk
 
     def careless(config, max_length):
@@ -97,13 +97,12 @@ def test_the_probe_refuses_when_shrinking_loses_a_kind_of_layer(monkeypatch):
 
 def test_the_probe_leaves_no_trace(capfd):
     config = CONFIG_MAPPING["gptj"]()
-    threads = 2
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
     before, state, verbosity = copy.deepcopy(config.__dict__), torch.get_rng_state(), logging.get_verbosity()
     assert probe_shared_rows(config) is None
     assert probe_shared_rows(CONFIG_MAPPING["recurrent_gemma"]()) is not None
     assert config.__dict__ == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert logging.get_verbosity() == verbosity and torch.get_num_threads() == threads
+    assert logging.get_verbosity() == verbosity and torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert capfd.readouterr() == ("", "")

@@ -12,8 +12,8 @@ from minirm.plan import make_plan
 STEPS, BATCH, RATE = 20, 4, 1e-3
 
 
-def test_trl_and_minirm_have_the_same_losses_step_for_step(tmp_path):
-    """Weights, head, pairs and order are the same, in fp32: if other runs differ, the step is not the cause."""
+def test_trl_and_minirm_have_the_same_loss_at_every_step(tmp_path):
+    """Weights, head, pairs and order are the same, in fp32. So if other runs differ, the step is not the cause."""
     trl = pytest.importorskip("trl")
     import datasets
 
@@ -25,7 +25,7 @@ def test_trl_and_minirm_have_the_same_losses_step_for_step(tmp_path):
     torch.manual_seed(0)
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    # Answers end in a word that says which is better, so that there is something to learn.
+    # The last word of the answer says which one is better, so there is something to learn.
     rows = [row | {"chosen": row["chosen"] + " right"} for row in make_comparisons(STEPS * BATCH)]
     data = [str(write_jsonl(tmp_path / f"{part}.jsonl", rows[:n])) for part, n in (("train", None), ("eval", 4))]
 

@@ -1,8 +1,8 @@
 """Batches: `python -m pytest tests/test_rows.py`. Needs only torch.
 
-A scorer that is easy to check replaces the model. A causal model's reward of a token may depend on the token, its
-position and the visible tokens before it in its text. So this scorer gives each such triple its own number, the same in
-any row, layout and place. The reference loops over the pairs and reads their texts token by token.
+A scorer that is easy to check replaces the model. In a causal model, a token's reward depends on the token, its position
+and the visible tokens before it in its text. So the scorer gives each such triple its own number, in whatever row, layout
+and place it occurs. The reference loops over the pairs and reads their texts token by token.
 """
 
 import gc
@@ -18,7 +18,7 @@ EOS, PAD = 1, 0
 
 
 class Scorer:
-    """(token, position, visible tokens of the text before it) -> a number, always the same for the same triple."""
+    """Gives each (token, position, visible tokens before it) its own number."""
 
     def __init__(self):
         self.numbers = {}
@@ -27,7 +27,7 @@ class Scorer:
         return self.numbers.setdefault((token, position, tuple(before)), len(self.numbers) + 1)
 
     def of_batch(self, batch):
-        """[R, L] numbers; at every position the scorer gets what a token there can attend to."""
+        """[R, L] numbers. At every position the scorer gets the tokens that a token there can attend to."""
         rewards = torch.zeros(batch.input_ids.shape)
         for r, (ids, positions, segments, visible) in enumerate(
             zip(*(x.tolist() for x in (batch.input_ids, batch.position_ids, batch.segments, batch.visible)))
@@ -41,7 +41,7 @@ class Scorer:
         return rewards
 
     def of_text(self, text, pads=0):
-        """Numbers of a text, then of this many EOS ids that nothing attends to."""
+        """Numbers of a text, then of `pads` EOS ids that nothing attends to."""
         real = [self.reward(token, t, text[:t]) for t, token in enumerate(text)]
         return real + [self.reward(EOS, len(text) + i, text) for i in range(pads)]
 
@@ -56,8 +56,8 @@ def group(prefix, completions, pairs, margins=None):
     }
 
 
-# A pair; a ranked list of four with all its pairs; one text that another begins with (an EOS within); no prefix;
-# completions that are EOS alone; two equal answers, which are one completion.
+# A pair; a ranked list of four with all its pairs; a text that continues another one after its EOS; no prefix, and a
+# completion that is EOS alone; two equal answers, which are one completion.
 GROUPS = [
     group([9, 8, 7], [[4, 5, EOS], [6, EOS]], [(0, 1)]),
     group(
@@ -72,7 +72,7 @@ GROUPS = [
 
 
 def reference(scorer, groups, published):
-    """For each pair: (chosen numbers, rejected numbers) from the first difference to the end, and the two at the end."""
+    """For each pair: start, end, and the numbers of chosen and rejected from start to end."""
     for g in groups:
         for c, r in zip(g["chosen"], g["rejected"]):
             tails = g["completions"][c], g["completions"][r]
@@ -104,10 +104,10 @@ def test_every_pair_gets_the_rewards_of_its_two_texts(row_layout, row_limit, pub
         assert (batch.start[p].item(), batch.end[p].item()) == (start, end)
         assert chosen[p, start:end].tolist() == c
         assert rejected[p, start:end].tolist() == r
-    assert len(scorer.numbers) == known  # the reference read nothing that the batch had not
+    assert len(scorer.numbers) == known  # the reference asked for no triple that the batch did not have
 
 
-def test_shared_and_separate_rows_have_the_same_rewards_at_the_same_pairs():
+def test_shared_and_separate_rows_give_each_pair_the_same_rewards():
     scorer = Scorer()
     batches = [collate(GROUPS, row_layout=layout, pad_id=PAD, row_limit=1000) for layout in ("shared", "separate")]
     shared, separate = ([side for side in b.pair_rewards(scorer.of_batch(b))] for b in batches)
@@ -116,7 +116,7 @@ def test_shared_and_separate_rows_have_the_same_rewards_at_the_same_pairs():
 
 
 def test_a_shared_row_by_hand():
-    """Prefix 9 8, completions 4 5 EOS and 6 EOS, padded to the other row's 8 positions; longest text: 7 tokens."""
+    """Prefix 9 8, completions 4 5 EOS and 6 EOS, padded to the 8 places of the other row. The longest text has 7 tokens."""
     groups = [group([9, 8], [[4, 5, EOS], [6, EOS]], [(0, 1)]), group([7, 7, 7, 7, 7], [[2, EOS], [EOS]], [(1, 0)])]
     batch = collate(groups, row_layout="shared", pad_id=PAD, row_limit=99)
     assert batch.input_ids.tolist() == [[9, 8, 4, 5, EOS, 6, EOS, PAD], [7, 7, 7, 7, 7, 2, EOS, EOS]]
@@ -151,8 +151,8 @@ def test_pads_of_the_published_loss_by_hand():
     assert (batch.start.tolist(), batch.end.tolist()) == ([0], [3])
 
 
-def test_padding_is_never_seen_and_never_scored():
-    """The scorer returns nan there, and no pair has any."""
+def test_padding_is_never_attended_to_and_never_scored():
+    """The scorer returns nan for padding, and no pair gets a nan."""
     for published in (None, EOS):
         for row_layout in ("shared", "separate"):
             batch = collate(GROUPS, row_layout=row_layout, pad_id=PAD, row_limit=12, trlx_eos_id=published)
@@ -162,8 +162,8 @@ def test_padding_is_never_seen_and_never_scored():
             assert chosen.isfinite().all() and rejected.isfinite().all()
 
 
-def test_a_group_that_is_too_long_for_a_row_repeats_its_prefix():
-    """Prefix of 4, five completions of 3: a row of 10 tokens holds two, so there are rows of two, two and one."""
+def test_a_group_too_long_for_a_row_repeats_its_prefix():
+    """Prefix of 4, five completions of 3 tokens: a row of 10 tokens holds two, so the rows hold two, two and one."""
     tails = [[k, k, EOS] for k in range(3, 8)]
     batch = collate([group([2] * 4, tails, [(0, 4), (3, 1)])], row_layout="shared", pad_id=PAD, row_limit=10)
     assert batch.input_ids.tolist() == [
@@ -196,8 +196,8 @@ def test_an_identical_pair_is_a_tie(published):
     assert (batch.start.tolist(), batch.end.tolist()) == ([end - 1], [end])
 
 
-def test_rows_without_pairs_can_be_computed_too():
-    """A rank with nothing left to do gets such a batch, because it must enter the forward pass."""
+def test_rows_without_pairs_can_be_computed():
+    """A rank with no rows left gets such a batch, because every rank must enter the forward pass."""
     batch = collate([group([9], [[4, EOS], [EOS]], [])], row_layout="shared", pad_id=PAD, row_limit=99)
     chosen, rejected = batch.pair_rewards(torch.zeros(batch.input_ids.shape))
     assert batch.input_ids.tolist() == [[9, 4, EOS, EOS]]
@@ -215,8 +215,8 @@ def test_margins_stay_with_their_pairs():
     assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 1, 3], [1, 0, 2])
 
 
-def test_positions_never_go_beyond_the_longest_text():
-    """A model may have no more positions; a shared row is much longer than its texts, here 3 + 5 * 4."""
+def test_positions_never_exceed_the_longest_text():
+    """A shared row is much longer than its texts, here 3 + 5 * 4, and the model may not have that many positions."""
     tails = [[k, k, k, EOS] for k in range(3, 8)]
     batch = collate([group([2] * 3, tails, [(0, 1)]), GROUPS[0]], row_layout="shared", pad_id=PAD, row_limit=99)
     assert batch.input_ids.shape == (2, 23)
@@ -231,7 +231,7 @@ def test_to_copies_every_tensor():
     assert moved.group == batch.group and moved.tokens == batch.tokens
 
 
-def test_the_next_item_is_made_while_the_caller_works_on_this_one():
+def test_the_next_item_is_made_while_the_caller_uses_this_one():
     made, threads = [], set()
 
     def make(item):
@@ -241,7 +241,7 @@ def test_the_next_item_is_made_while_the_caller_works_on_this_one():
 
     seen = []
     for item, square in ahead(make, range(5)):
-        while len(made) < min(item + 2, 5):  # would hang if nobody made the next one
+        while len(made) < min(item + 2, 5):  # hangs if nothing makes the next one
             time.sleep(0.001)
         assert square == item * item and len(made) <= item + 2
         seen.append(item)
@@ -249,7 +249,7 @@ def test_the_next_item_is_made_while_the_caller_works_on_this_one():
     assert list(ahead(make, [])) == []
 
 
-def test_what_goes_wrong_ahead_is_raised_where_its_item_would_have_come():
+def test_an_error_ahead_is_raised_in_place_of_its_item():
     def make(item):
         if item == 2:
             raise OSError(28, "No space left on device")
@@ -262,7 +262,7 @@ def test_what_goes_wrong_ahead_is_raised_where_its_item_would_have_come():
     assert seen == [0, 1]
 
 
-def test_whoever_stops_early_leaves_no_thread_behind():
+def test_stopping_early_leaves_no_thread_behind():
     for item, _ in ahead(lambda item: item, range(1000)):
         if item == 3:
             break

@@ -1,4 +1,4 @@
-"""Exact resumption, and what a run refuses to resume: `python -m pytest tests/test_run.py`. No network.
+"""Resuming a run, and refusing to: `python -m pytest tests/test_run.py`. No network.
 
 Random kills are in tests/test_faults.py.
 """
@@ -18,25 +18,23 @@ def contents(output):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(output.rglob("*")) if path.is_file()}
 
 
-# -- Going on. ----------------------------------------------------------------------------------------------------------
+# -- Resuming. ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_finished_says_so_and_changes_nothing(server, eight_steps, finished):
+def test_a_finished_run_says_so_and_changes_nothing(server, eight_steps, finished):
     before = contents(finished)
     run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", finished)
     assert run.codes == [0] and "finished after 8 steps; nothing is left to do" in run.text()
     assert contents(finished) == before
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over_and_the_run_comes_to_the_same_end(
-    server, eight_steps, finished, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_skipped_with_the_same_result(server, eight_steps, finished, tmp_path):
     output = unfinished(finished, tmp_path / "run", 6)
     damaged = next((output / "checkpoint-6").glob("*.safetensors"))
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    (output / "checkpoint-8.partial").mkdir()  # of a save that did not come to its end
+    (output / "checkpoint-8.partial").mkdir()  # left by an unfinished save
     run = server.run(*eight_steps, "--save_total_limit", 3, "--output_dir", output)
     assert run.codes == [0], run.text()
     assert f"checkpoint-6 is not whole: {damaged.name}" in run.text()
@@ -48,7 +46,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_and_the_run_comes_to_the_
         verify(path)
 
 
-def test_no_whole_checkpoint_is_refused_and_nothing_is_thrown_away(server, eight_steps, finished, tmp_path):
+def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(server, eight_steps, finished, tmp_path):
     output = unfinished(finished, tmp_path / "run", 4)
     (output / "checkpoint-4" / "checkpoint.json").unlink()
     before = contents(output)
@@ -85,8 +83,8 @@ def test_another_recipe_data_or_model_is_refused_with_all_differences(server, ei
     assert contents(finished) == before
 
 
-def test_processes_that_were_given_different_things_are_refused_with_all_differences(server, eight_steps, tmp_path):
-    """This happens on two machines if one has older files or was started with another command."""
+def test_processes_with_different_inputs_are_refused_with_all_differences(server, eight_steps, tmp_path):
+    """On two machines, one may have older files or another command line."""
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
     patch = f"""
 parse = train.parse_args
@@ -104,8 +102,8 @@ train.parse_args = parse_args
     assert not (tmp_path / "run").exists()
 
 
-def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, eight_steps, finished, tmp_path):
-    """Linear, 3 steps of warm-up: after step s of n the rate is lr * (n - s) / (n - 3)."""
+def test_a_longer_run_resumes_with_the_schedule_of_its_new_length(server, eight_steps, finished, tmp_path):
+    """Linear schedule, 3 warm-up steps: after step s of n the rate is lr * (n - s) / (n - 3)."""
     flags = [*eight_steps, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "linear", "--eval_steps", 0]
     assert server.run(*flags, "--max_steps", 5).codes == [0]
     run = server.run(*flags, "--max_steps", 11)
@@ -117,8 +115,8 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(server, eight_
     assert run.codes == [2] and "at step 11 already, 9 were asked for" in run.text()
 
 
-def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, eight_steps, tmp_path):
-    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. In fp32 to 1e-5: the order of sums differs."""
+def test_a_run_on_two_three_one_and_two_processes_equals_one_on_two(server, eight_steps, tmp_path):
+    """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. Equal to 1e-5, because the order of sums differs."""
     flags = [*eight_steps, "--gradient_accumulation_steps", 6]
     assert server.run(*flags, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
     for world, steps, micro_steps in ((2, 2, 6), (3, 4, 4), (1, 6, 12), (2, 8, 6)):
@@ -135,9 +133,8 @@ def test_two_then_three_then_one_then_two_processes_train_as_two_do(server, eigh
 
 
 def test_the_global_batch_is_kept_or_refused_with_both_numbers():
-    run = Run(
-        START | {"recipe": {"prompts a step": 8}, "processes": 2}, None, 0
-    )  # begun as 2 processes x 1 prompt x 4 micro-steps
+    # Begun as 2 processes x 1 prompt x 4 micro-steps.
+    run = Run(START | {"recipe": {"prompts a step": 8}, "processes": 2}, None, 0)
     assert accumulation(run, 2, 1, 4) == 4
     assert accumulation(run, 4, 1, 4) == 2
     assert accumulation(run, 1, 2, 4) == 4
@@ -146,7 +143,7 @@ def test_the_global_batch_is_kept_or_refused_with_both_numbers():
             accumulation(run, processes, batch_size, asked)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(server, eight_steps, finished, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(server, eight_steps, finished, tmp_path):
     output = unfinished(finished, tmp_path / "run", 0)
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
@@ -155,7 +152,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(server, eight_step
     assert rows_without_speeds(output) == rows_without_speeds(finished)
 
 
-def test_a_checkpoint_folder_begins_another_output_folder(server, eight_steps, finished, tmp_path):
+def test_a_checkpoint_can_start_a_run_in_another_folder(server, eight_steps, finished, tmp_path):
     run = server.run(
         *eight_steps, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"
     )
@@ -171,7 +168,7 @@ def test_a_checkpoint_folder_begins_another_output_folder(server, eight_steps, f
         ("nowhere", "nowhere is not whole: SHA256SUMS: No such file"),
     ],
 )
-def test_what_cannot_be_resumed_from_is_refused(server, eight_steps, finished, choice, words):
+def test_impossible_resumptions_are_refused(server, eight_steps, finished, choice, words):
     before = contents(finished)
     where = choice if choice == "none" else finished / choice
     run = server.run(*eight_steps, "--output_dir", finished, "--resume_from_checkpoint", where)
@@ -179,10 +176,8 @@ def test_what_cannot_be_resumed_from_is_refused(server, eight_steps, finished, c
     assert contents(finished) == before
 
 
-def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_there_again(
-    server, eight_steps, finished, tmp_path
-):
-    """It was killed before its first own checkpoint; earlier rows of metrics.jsonl are removed."""
+def test_a_killed_run_that_started_from_another_checkpoint_starts_there_again(server, eight_steps, finished, tmp_path):
+    """It was killed before its first checkpoint. The rows it had logged are removed."""
     flags = [*eight_steps, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
     kill = "import os; train.checkpoint.save = lambda *_: os.kill(os.getpid(), 9)"
     assert server.run(*flags, patch=kill).codes == [-9] and rows_without_speeds(tmp_path / "new")
@@ -196,7 +191,7 @@ def test_a_run_that_began_from_a_checkpoint_elsewhere_and_was_killed_begins_ther
 
 def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path):
     check_output(tmp_path, "auto")
-    (tmp_path / "run.json.partial").touch()  # of a run killed in its first moment
+    (tmp_path / "run.json.partial").touch()  # left by a run killed right at its start
     check_output(tmp_path, "auto")
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="another run's files"):
@@ -206,14 +201,14 @@ def test_an_output_folder_with_other_files_or_that_is_a_file_is_refused(tmp_path
             check_output(path, "auto")
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(server, eight_steps, tmp_path):
+def test_a_read_only_output_folder_is_refused_before_the_data_is_read(server, eight_steps, tmp_path):
     with mounted(tmp_path / "small", "ro") as place:
         run = server.run(*eight_steps, "--output_dir", place / "run", patch="train.prepare = None")
         assert run.codes == [2] and f"{place} is not a folder that can be written" in run.text(), run.text()
 
 
-def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_checkpoint(server, eight_steps, tmp_path):
-    """A checkpoint takes 0.31 MB here, so two fit beside the rest, but not three."""
+def test_a_full_disk_ends_the_run_with_a_line_and_keeps_earlier_checkpoints(server, eight_steps, tmp_path):
+    """A checkpoint takes 0.31 MB, so the disk has room for two, but not for three."""
     with mounted(tmp_path / "small", "size=800k") as place:
         output = place / "run"
         run = server.run(*eight_steps, "--output_dir", output, "--keep", "last", "--save_total_limit", 3, world=2)
@@ -226,7 +221,7 @@ def test_a_full_disk_ends_the_run_with_path_and_bytes_and_leaves_the_earlier_che
         assert run.codes == [0, 0] and "checkpoint-4, step 4 of 8" in run.text(), run.text()
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(server, eight_steps, tmp_path):
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(server, eight_steps, tmp_path):
     first = server.start(*eight_steps, "--output_dir", tmp_path / "run")
     first.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     first.kill(signal.SIGSTOP)
@@ -237,15 +232,13 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_it(ser
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "7"])
-def test_a_record_that_was_edited_into_something_else_is_refused(server, eight_steps, tmp_path, content):
+def test_a_corrupt_run_record_is_refused(server, eight_steps, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     run = server.run(*eight_steps, "--output_dir", tmp_path / "run")
     assert run.codes == [2] and "run.json cannot be read; give a whole checkpoint" in run.text()
 
 
-def test_differences_leaves_out_what_one_side_does_not_know():
-    assert (
-        differences({"loss": "last", "old": 1, "prompts a step": 4}, {"loss": "last", "new": 2, "prompts a step": 8})
-        == []
-    )
+def test_differences_skips_flags_that_only_one_side_knows():
+    old, new = {"loss": "last", "old": 1, "prompts a step": 4}, {"loss": "last", "new": 2, "prompts a step": 8}
+    assert differences(old, new) == []

@@ -1,4 +1,4 @@
-"""Schemas of published data: `python -m pytest tests/test_schemas.py`. No network; made-up rows in published form."""
+"""Schemas of published data: `python -m pytest tests/test_schemas.py`. No network; made-up rows in published formats."""
 
 import json
 
@@ -9,12 +9,9 @@ from minirm.data.chat import join
 from minirm.data.prepare import prepare, prompt_key, read_texts
 from minirm.data.schemas import Example, column, describe, recognise, renames, to_example
 
-# One token a character; a turn is [U...] or [A...], and no end token.
+# A turn is [U...] or [A...], without an end token.
 CHAT = "{% for m in messages %}[{{ m.role[0].upper() }}{{ m.content }}]{% endfor %}"
-USER, ASSISTANT = (
-    (lambda text: {"role": "user", "content": text}),
-    (lambda text: {"role": "assistant", "content": text}),
-)
+USER, ASSISTANT = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant"))
 GOOD, BAD = "the sky is blue by day", "it is green all the time"
 
 
@@ -29,7 +26,7 @@ def pairs_of(row, separator="\n"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schema by schema: a row, what it is called, and its prompt, pairs and ties
+# Every schema: a row, the name of its schema, and its prompt, pairs and ties
 
 ASK = "What colour is the sky?"
 TURNS = [USER(ASK), ASSISTANT("By day?"), USER("Yes.")]
@@ -271,7 +268,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_published_shape_is_recognised_and_read(case):
+def test_every_published_schema_is_recognised_and_read(case):
     row, name, wanted = CASES[case]
     assert describe(recognise(row), row) == name
     prompt, pairs, ties = pairs_of(row)
@@ -281,7 +278,7 @@ def test_every_published_shape_is_recognised_and_read(case):
 @pytest.mark.parametrize(
     "completions, scores", [(["a", "b", "c", "d"], [4, 3, 3, 1]), (["a", "b", "c"], None), (["a"], None)]
 )
-def test_ranked_lists_give_every_ordered_pair_and_count_their_ties(completions, scores):
+def test_ranked_lists_give_every_ordered_pair_and_count_ties(completions, scores):
     """The reference is two plain loops."""
     row = {"prompt": "p", "completions": completions} | ({"scores": scores} if scores else {})
     values = scores or [-i for i in range(len(completions))]
@@ -293,8 +290,8 @@ def test_ranked_lists_give_every_ordered_pair_and_count_their_ties(completions, 
     assert example(row) == Example("p", completions, wanted, ties, labelled=scores is not None)
 
 
-def test_counts_of_a_file_of_each_kind_are_exact(tmp_path):
-    """Every case above in its own file: comparisons read, ties, and the number of others that reach the groups."""
+def test_the_counts_are_exact_for_every_schema(tmp_path):
+    """Each case above in its own file: comparisons read, ties, and the number of comparisons that are kept."""
     tokenizer = make_tokenizer(texts=["x"])
     tokenizer.chat_template = CHAT
     for number, (row, name, (_, pairs, ties)) in enumerate(CASES.values()):
@@ -306,8 +303,8 @@ def test_counts_of_a_file_of_each_kind_are_exact(tmp_path):
         assert [m for e in examples for m in e["margin"]] == [m for *_, m in pairs] * 3
 
 
-def test_summaries_read_as_in_openai_summarize_comparisons(tmp_path):
-    """That dataset keeps "TL;DR:" in the answers and joins prompt and answer by a line break; both give one text."""
+def test_summaries_give_the_texts_of_openai_summarize_comparisons(tmp_path):
+    """That dataset keeps "TL;DR:" in the answers and joins prompt and answer with a line break. Both give the same text."""
     row = CASES["summarize_from_feedback"][0]
     theirs = {
         "prompt": "SUBREDDIT: r/sky\nTITLE: Green?\nPOST: My sky is green.",
@@ -338,23 +335,15 @@ TRANSCRIPTS = {
     "one begins with the other": (START, " It is blue.", " It is blue. And green."),
     "equal": (START, " It is blue.", " It is blue."),
     "a later turn": (f"{START} Blue.\n\nHuman: Sure?\n\nAssistant:", " Yes.", " No."),
-    "they part early": (
-        START,
-        " Blue.\n\nHuman: Sure?\n\nAssistant: Yes.",
-        " Green.\n\nHuman: Sure?\n\nAssistant: No.",
-    ),
-    "the person parts": (
-        START,
-        " Blue.\n\nHuman: Sure?\n\nAssistant: Yes.",
-        " Blue.\n\nHuman: Why?\n\nAssistant: Air.",
-    ),
-    "they part inside a marker": (START, " Blue.\n\nAssistant: x", " Blue.\n\nAssistance, please"),
+    "they differ early": (START, " Blue.\n\nHuman: Sure?\n\nAssistant: Yes.", " Green.\n\nHuman: Sure?\n\nAssistant: No."),
+    "the user's turns differ": (START, " Blue.\n\nHuman: Sure?\n\nAssistant: Yes.", " Blue.\n\nHuman: Why?\n\nAssistant: Air."),
+    "they differ inside a marker": (START, " Blue.\n\nAssistant: x", " Blue.\n\nAssistance, please"),
     "no shared turn of the assistant": ("\n\nHuman: ", "A?\n\nAssistant: a", "B?\n\nAssistant: b"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TRANSCRIPTS)
-def test_whole_transcripts_are_split_where_the_two_sides_part_and_nothing_is_lost(case):
+def test_transcripts_are_split_before_the_first_differing_turn_without_loss(case):
     start, *ends = TRANSCRIPTS[case]
     row = {"chosen": start + ends[0], "rejected": start + ends[1]}
     assert describe(recognise(row), row) == "transcripts in chosen and rejected"
@@ -364,7 +353,7 @@ def test_whole_transcripts_are_split_where_the_two_sides_part_and_nothing_is_los
     assert (pairs, ties) == ([(0, 1, 0.0)], 0)
 
 
-def test_comparisons_of_one_dialogue_form_one_group_whatever_follows_the_colon(tmp_path):
+def test_comparisons_of_one_dialogue_form_one_group(tmp_path):
     rows = [
         {"chosen": START + a, "rejected": START + b}
         for a, b in ((" a b c d e", "b c d e f"), ("\nc d e f g", " d e f g h"))
@@ -374,7 +363,7 @@ def test_comparisons_of_one_dialogue_form_one_group_whatever_follows_the_colon(t
     assert (len(data.train), data.train[0]["pairs"], len(data.train[0]["completions"])) == (1, 2, 4)
 
 
-def test_what_only_looks_a_little_like_a_transcript_is_a_text():
+def test_texts_that_only_resemble_a_transcript_are_texts():
     for chosen in ("Human: no answer", "Well.\n\nHuman: a\n\nAssistant: b"):
         row = {"chosen": chosen, "rejected": START + " b"}
         assert describe(recognise(row), row) == "texts in chosen and rejected"
@@ -408,24 +397,22 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         (TURNS[:1], TURNS[1:], TURNS),
     ],
 )
-def test_a_prompt_that_is_repeated_in_the_messages_is_taken_once(prompt, lead, wanted):
+def test_a_prompt_repeated_in_the_messages_is_used_once(prompt, lead, wanted):
     row = {"prompt": prompt, "chosen": [*lead, ASSISTANT(GOOD)], "rejected": [*lead, ASSISTANT(BAD)]}
     assert pairs_of(row) == (wanted, [([ASSISTANT(GOOD)], [ASSISTANT(BAD)], 0.0)], 0)
 
 
-def test_another_prompt_than_that_of_the_messages_is_refused(tmp_path):
+def test_a_prompt_that_contradicts_the_messages_is_refused(tmp_path):
     row = {"prompt": "Why?", "chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    message = refusal(read_texts, str(path), make_tokenizer(), "\n", {})
-    assert message == f"{path}:1: 'prompt' differs from the question that the messages begin with; remove one of them"
+    wanted = f"{path}:1: 'prompt' is another question than the one the messages begin with; leave one of them out"
+    assert refusal(read_texts, str(path), make_tokenizer(), "\n", {}) == wanted
 
 
-def test_messages_are_split_where_the_sides_part_but_each_keeps_something_to_score():
+def test_messages_are_split_where_they_differ_and_each_side_keeps_a_turn():
     both = [USER(ASK), ASSISTANT(GOOD)]
-    assert pairs_of({"chosen": both, "rejected": both})[:2] == (
-        [USER(ASK)],
-        [([ASSISTANT(GOOD)], [ASSISTANT(GOOD)], 0.0)],
-    )
+    equal = [USER(ASK)], [([ASSISTANT(GOOD)], [ASSISTANT(GOOD)], 0.0)]
+    assert pairs_of({"chosen": both, "rejected": both})[:2] == equal
     longer = [*both, USER("Sure?"), ASSISTANT("Yes.")]
     assert pairs_of({"chosen": longer, "rejected": both})[:2] == ([USER(ASK)], [(longer[1:], both[1:], 0.0)])
     assert pairs_of({"chosen": longer, "rejected": [*longer[:3], ASSISTANT("No.")]})[0] == longer[:3]
@@ -435,15 +422,9 @@ def test_messages_are_split_where_the_sides_part_but_each_keeps_something_to_sco
 # Refusals
 
 
-def test_columns_that_fit_two_schemas_are_refused_with_both_names_and_their_columns(tmp_path):
-    row = {
-        "chosen": GOOD,
-        "rejected": BAD,
-        "context": ASK,
-        "response1": GOOD,
-        "response2": BAD,
-        "overall_preference": 1,
-    }
+def test_columns_that_fit_two_schemas_are_refused_with_both_names(tmp_path):
+    helpsteer = {"context": ASK, "response1": GOOD, "response2": BAD, "overall_preference": 1}
+    row = {"chosen": GOOD, "rejected": BAD, **helpsteer}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
     message = refusal(read_texts, str(path), make_tokenizer(), "\n", {})
     assert message == (
@@ -521,7 +502,7 @@ def test_a_column_missing_in_a_later_line_is_named(tmp_path, case):
         assert message.startswith(f"{path}:2: no column '{name}', which the first row has; found ")
 
 
-def test_columns_that_no_schema_has_are_listed():
+def test_columns_of_no_schema_are_listed():
     found = {"question": "p", "answer": "a"}
     assert refusal(recognise, found) == (
         "no column 'chosen'; expected chosen, rejected and optionally prompt, or another format in README.md; found question, "
@@ -541,7 +522,7 @@ def read_all(tmp_path, rows, tokenizer=None, keep="worth", columns=None):
     return list(read_texts(path, tokenizer or make_tokenizer(), "\n", report, keep, columns=columns)), report
 
 
-def test_columns_reach_into_objects_and_their_names_come_first(tmp_path):
+def test_columns_reach_into_objects_unless_a_column_has_the_dotted_name(tmp_path):
     row = {"data": {"q.full": ASK}, "response_j": GOOD, "response_k": BAD, "note": "a text"}
     columns = renames([column(word) for word in ("prompt=data.q.full", "chosen=response_j", "rejected=response_k")])
     assert "no column 'data.q.full'" in refusal(read_all, tmp_path, [row], columns=columns)
@@ -571,7 +552,7 @@ def test_columns_reach_into_objects_and_their_names_come_first(tmp_path):
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:30],
 )  # fmt: skip
-def test_what_could_be_misread_is_refused_with_what_to_type(tmp_path, row, wanted):
+def test_ambiguous_rows_are_refused_with_what_to_type(tmp_path, row, wanted):
     message = refusal(read_all, tmp_path, [row])
     assert wanted in message and message.startswith(f"{tmp_path}/x.jsonl:1: ")
 
@@ -584,7 +565,7 @@ def test_a_prompt_in_two_columns_of_a_later_row_is_refused(tmp_path):
     assert "a prompt in 'prompt', but the first row has its prompt in 'question'" in refusal(read_all, tmp_path, rows)
 
 
-def test_answers_with_scores_are_ranked_over_the_file_and_equal_ones_are_ties(tmp_path):
+def test_answers_with_scores_are_ranked_over_the_whole_file(tmp_path):
     rows = [
         ("p", "a b c d e", 1),
         ("q", "f g h i j", 0.5),
@@ -612,7 +593,7 @@ def test_answers_with_a_score_are_ranked_within_their_subset(tmp_path):
     assert report["prompts with only one answer"] == 0
 
 
-def test_a_column_that_another_takes_the_name_of_is_named_as_not_used(tmp_path):
+def test_a_column_replaced_by_a_renamed_one_is_named_as_not_used(tmp_path):
     """--columns prompt=question on a file that also has a prompt column."""
     rows = [{"prompt": "old", "question": "new", "chosen": GOOD, "rejected": BAD}]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
@@ -621,7 +602,7 @@ def test_a_column_that_another_takes_the_name_of_is_named_as_not_used(tmp_path):
     assert found["prompt"] == "new" and report["not used"] == ["prompt of the file"]
 
 
-def test_sides_that_answer_different_prompts_are_counted_and_left_out_of_training(tmp_path):
+def test_sides_that_answer_different_prompts_are_dropped_in_training(tmp_path):
     system = lambda text: {"role": "system", "content": text}
     good = {"chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
     rows = [
@@ -634,11 +615,9 @@ def test_sides_that_answer_different_prompts_are_counted_and_left_out_of_trainin
     tokenizer.chat_template = CHAT
     found, report = read_all(tmp_path, rows, tokenizer)
     assert len(found) == 1 and report["read"] == 4
-    assert (
-        report["dropped: the answers have different prompts"] == 2
-        and report["dropped: an answer ends with a user turn"] == 1
-    )
-    assert len(read_all(tmp_path, rows, tokenizer, keep="labelled")[0]) == 4  # a file to measure on is taken whole
+    assert report["dropped: the sides answer different prompts"] == 2
+    assert report["dropped: a side ends with the user's turn"] == 1
+    assert len(read_all(tmp_path, rows, tokenizer, keep="labelled")[0]) == 4  # evaluation files keep all of them
 
 
 def test_tool_calls_and_tool_turns_reach_the_chat_template(tmp_path):
@@ -664,7 +643,6 @@ def test_special_tokens_written_out_in_a_text_are_counted(tmp_path):
     assert read_all(tmp_path, rows)[1]["special tokens in the text"] == 1
 
 
-# What a wrong file would do
 @pytest.mark.parametrize("name", ["question", "Question", "query", "messages"])
 def test_a_prompt_under_another_name_is_read_as_the_prompt(name):
     asked = [USER(ASK)] if name == "messages" else ASK
@@ -676,7 +654,7 @@ def test_a_prompt_under_another_name_is_read_as_the_prompt(name):
     "first, other",
     [({"prompt": ASK}, {"prompt": "", "question": ASK}), ({}, {"question": ASK}), ({"question": ASK}, {"prompt": ASK})],
 )
-def test_a_row_that_has_its_prompt_in_another_column_than_the_first_is_refused(first, other):
+def test_a_row_with_its_prompt_in_another_column_than_the_first_is_refused(first, other):
     sides = {"chosen": GOOD, "rejected": BAD}
     message = refusal(to_example, recognise(first | sides), other | sides)
     assert "the first row" in message and "--columns prompt=NAME" in message
@@ -691,7 +669,7 @@ def test_a_system_column_begins_the_prompt():
     assert "remove one of them" in refusal(example, sides | {"prompt": messages, "system": "Be long."})
 
 
-def test_messages_as_json_in_a_string_are_messages_and_as_python_writes_them_are_refused():
+def test_messages_in_a_string_must_be_json():
     sides = {"chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
     assert pairs_of({side: json.dumps(turns) for side, turns in sides.items()}) == ONE
     assert "json.dumps" in refusal(example, {side: str(turns) for side, turns in sides.items()})
@@ -714,8 +692,6 @@ def test_transcripts_that_cannot_be_compared_say_why(chosen, why):
     assert example({"chosen": chosen, "rejected": f"\n\nHuman: Why?\n\nAssistant: {BAD}"}).odd == why
 
 
-def test_a_prompt_that_stands_in_the_transcripts_once_more_is_used_once():
-    row = {"prompt": "Why?"} | {
-        side: f"\n\nHuman: Why?\n\nAssistant: {x}" for side, x in zip(("chosen", "rejected"), (GOOD, BAD))
-    }
-    assert example(row).prompt == "\n\nHuman: Why?\n\nAssistant:"
+def test_a_prompt_repeated_in_the_transcripts_is_used_once():
+    sides = {side: f"\n\nHuman: Why?\n\nAssistant: {x}" for side, x in (("chosen", GOOD), ("rejected", BAD))}
+    assert example({"prompt": "Why?", **sides}).prompt == "\n\nHuman: Why?\n\nAssistant:"

@@ -63,23 +63,24 @@ def close(values):
 
 @pytest.mark.parametrize("batch_size", [1, 300, 8192])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_scores_are_those_of_the_plain_model_whatever_the_batch(exported, capsys, tmp_path, family, batch_size):
+def test_scores_are_those_of_the_plain_model_for_any_batch_size(exported, capsys, tmp_path, family, batch_size):
     rows = make_comparisons(3, per_prompt=2)[:3] + make_comparisons(9, seed=1)
     _, out = scored(capsys, exported(family), [rows], tmp_path, "--batch_size", batch_size)
     assert [row["where"] for row in out] == [f"{tmp_path}/a.jsonl:{n}" for n in range(1, 13)]
-    assert [r for row in out for r in (row["chosen"], row["rejected"])] == close(
-        one_by_one(exported(family), texts_of(rows))
-    )
+    rewards = [row[side] for row in out for side in ("chosen", "rejected")]
+    assert rewards == close(one_by_one(exported(family), texts_of(rows)))
 
 
-def test_shared_and_separate_rows_give_the_same(exported, capsys, tmp_path, monkeypatch):
-    """Long prompts with short answers are worth sharing, the reverse is not; one bound forbids it, one forces it."""
+def test_shared_and_separate_rows_give_the_same_scores(exported, capsys, tmp_path, monkeypatch):
+    """Sharing pays off for long prompts with short answers. One bound forbids it, the other forces it."""
     rows = make_comparisons(12, per_prompt=3)
-    sizes, collate = set(), score.collate
-    monkeypatch.setattr(
-        score, "collate", lambda rows, **o: sizes.update(len(r["places"]) for r in rows) or collate(rows, **o)
-    )
-    found = []
+    sizes, collate, found = set(), score.collate, []
+
+    def noted(rows, **options):
+        sizes.update(len(row["places"]) for row in rows)
+        return collate(rows, **options)
+
+    monkeypatch.setattr(score, "collate", noted)
     for bound, expected in ((0.0, {1}), (1.1, {4})):  # completions of a row
         monkeypatch.setattr(score, "WORTH_SHARING", bound)
         sizes.clear()
@@ -89,7 +90,7 @@ def test_shared_and_separate_rows_give_the_same(exported, capsys, tmp_path, monk
     assert found[1] == close(found[0])
 
 
-def test_accuracy_ties_subsets_files_and_calibration_are_counted_from_the_scores(exported, capsys, tmp_path):
+def test_all_statistics_follow_from_the_scores(exported, capsys, tmp_path):
     rows = [{**row, "subset": "even" if i % 2 == 0 else "odd"} for i, row in enumerate(make_comparisons(10))]
     rows[4]["rejected"] = rows[4]["chosen"]  # a tie, which is not correct
     labelled_tie = {**rows[0], "prompt": "other", "margin": 0}
@@ -104,11 +105,11 @@ def test_accuracy_ties_subsets_files_and_calibration_are_counted_from_the_scores
         assert result["by_name"][name]["pairs"] == len(some)
     assert sum(bucket["pairs"] for bucket in result["calibration"]) == 10
     assert result["reward_margin"] == close(sum(c - r for c, r in zip(rewards[::2], rewards[1::2])) / 10)
-    assert set(out[7]) == {"where", "scores", "ranking"}  # without a preference neither is the chosen one
+    assert set(out[7]) == {"where", "scores", "ranking"}  # a tie has no chosen answer
     assert len(out) == 11 and result["completions"] == 22
 
 
-def test_completions_are_ranked_and_measured_where_the_data_orders_them(exported, capsys, tmp_path):
+def test_completions_are_ranked_and_compared_with_the_order_in_the_data(exported, capsys, tmp_path):
     answers = ["good", "very bad", "a long and clear answer", "not that"]
     rows = [
         {"prompt": "it is", "completions": answers},
@@ -119,10 +120,8 @@ def test_completions_are_ranked_and_measured_where_the_data_orders_them(exported
     rewards = one_by_one(exported("qwen3"), [f"it is\n{answer}<|endoftext|>" for answer in answers])
     assert out[0]["scores"] == close(rewards) and out[1]["scores"] == close(rewards[:3])
     assert out[0]["ranking"] == sorted(range(4), key=lambda k: -rewards[k])
-    assert (
-        result["pairs"] == 3
-        and result["accuracy"] == sum(rewards[i] > rewards[j] for i, j in ((0, 1), (0, 2), (2, 1))) / 3
-    )
+    right = [rewards[i] > rewards[j] for i, j in ((0, 1), (0, 2), (2, 1))]
+    assert (result["pairs"], result["accuracy"]) == (3, sum(right) / 3)
     assert out[2]["ranking"] == [0]
     best = [max(row["scores"]) for row in out]
     assert result["best_of_n"] == {"prompts": 3, "completions": 8, "reward_mean": close(sum(best) / 3)}
@@ -130,13 +129,13 @@ def test_completions_are_ranked_and_measured_where_the_data_orders_them(exported
     assert "accuracy" not in result
 
 
-def test_texts_that_are_too_long_lose_the_beginning_of_the_prompt(exported, capsys, tmp_path):
+def test_overlong_texts_lose_the_beginning_of_the_prompt(exported, capsys, tmp_path):
     row = {"prompt": "the " * 90 + "question", "chosen": "a good answer", "rejected": "very bad"}
     folder = exported("llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = [tokenizer(text)["input_ids"] for text in texts_of([row])]
-    cut = max(map(len, ids)) - 60  # both lose as much, so that they still follow the same text
+    cut = max(map(len, ids)) - 60  # both sides lose the same tokens, so their prompts stay equal
     with torch.no_grad():
         wanted = [model(torch.tensor([row[cut:]])).logits.item() for row in ids]
     _, out = scored(capsys, folder, [[row]], tmp_path)
@@ -146,8 +145,8 @@ def test_texts_that_are_too_long_lose_the_beginning_of_the_prompt(exported, caps
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
 
 
-def test_messages_go_through_the_models_own_template_as_it_stands(exported, capsys, tmp_path):
-    """A line break after the last turn, as in other trainers' models, is scored; our exports have none."""
+def test_messages_use_the_models_own_template_unchanged(exported, capsys, tmp_path):
+    """A line break after the last turn, as in other trainers' models, is scored. minirm's exports have none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported("llama"))
     tokenizer.chat_template = TEMPLATE
     transformers.AutoModelForSequenceClassification.from_pretrained(exported("llama")).save_pretrained(tmp_path / "m")
@@ -204,9 +203,8 @@ def test_bad_input_is_refused_in_one_line_before_the_weights_are_read(
     exported, model_folder, capsys, monkeypatch, tmp_path, flags, message
 ):
     monkeypatch.setattr(score, "load_model", None)
-    transformers.LlamaConfig(num_labels=2, architectures=["LlamaForSequenceClassification"]).save_pretrained(
-        tmp_path / "two"
-    )
+    two = transformers.LlamaConfig(num_labels=2, architectures=["LlamaForSequenceClassification"])
+    two.save_pretrained(tmp_path / "two")
     make_tokenizer().save_pretrained(tmp_path / "two")
     write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x", "rejected": "y"}])
     good = write_jsonl(tmp_path / "good.jsonl", make_comparisons(1))

@@ -1,6 +1,6 @@
-"""Sharding from outside: which parameters are sharded, in which precision, with unchanged numbers.
+"""Sharding: which parameters are sharded, in which precision, and that it changes no result.
 
-Run: pytest tests/test_shard.py. Needs no network and no GPU; two gloo processes on the CPU.
+Run: pytest tests/test_shard.py. Needs no network and no GPU; two to eight gloo processes on the CPU.
 """
 
 import shutil
@@ -25,9 +25,7 @@ def one_process():
 
 @pytest.mark.parametrize("family", ["gptj", "opt", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_trained_parameters_are_fp32_shards_and_frozen_ones_whole_in_the_compute_precision(
-    family, dtype, model_folder, one_process
-):
+def test_trained_parameters_are_fp32_shards_and_frozen_ones_unsharded(family, dtype, model_folder, one_process):
     device, mesh, *_ = one_process
     config, _ = load_config(str(model_folder(family)))
     model = empty_model(config)
@@ -61,9 +59,9 @@ units.foreach_all_gather, train.shard.begin_micro_step = counted, shown
 
 
 def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, model_folder, tmp_path):
-    """Four layers, three frozen: 4 frozen units with the embeddings; 2 trained ones, a block, and norm with head.
+    """Three of four layers are frozen, so 4 units are frozen (with the embeddings) and 2 are trained (a block, the head).
 
-    The evaluation at step 0 gathers all 6, which the first step reuses; each later step of 2 micro-steps gathers 2.
+    The evaluation at step 0 gathers all 6 and the first step reuses them. Each later step of 2 micro-steps gathers 2.
     """
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(30))
     flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 3]
@@ -74,8 +72,8 @@ def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, mod
     assert shown == [6, 6, 6, 8, 8, 10]
 
 
-def test_processes_of_unlike_memory_gather_the_same_units_at_the_same_time(server, model_folder, tmp_path):
-    """The second of two has no room, so the first keeps nothing either; otherwise they would wait for each other."""
+def test_processes_with_different_memory_gather_the_same_units_together(server, model_folder, tmp_path):
+    """The second of two processes has no room to keep units, so the first keeps none either. Otherwise both would hang."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
     flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", 2]
     small = """
@@ -87,8 +85,8 @@ os.sysconf = lambda name: 1 if rank == 1 and name == "SC_PHYS_PAGES" else asked(
     assert run.codes == [0, 0], run.text()[-3000:]
 
 
-def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(server, model_folder, tmp_path):
-    """frozen_share=0 leaves no memory for unsharded frozen parameters. Two processes, fp32 and bf16, bitwise equal."""
+def test_frozen_parameters_that_do_not_fit_are_sharded_with_equal_results(server, model_folder, tmp_path):
+    """frozen_share=0 leaves no memory for unsharded frozen parameters. In fp32 and bf16 the results are bitwise equal."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(12))
     sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0)"
     for precision in ("fp32", "bf16"):
@@ -105,9 +103,9 @@ def test_frozen_parameters_that_do_not_fit_are_sharded_and_nothing_else_changes(
         assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
-def test_weights_that_the_first_process_reads_for_all_arrive_as_those_that_each_reads(server, model_folder, tmp_path):
-    """On 2 x 2, where each reads half of all numbers; .bin files; and safetensors that one process cannot read. All
-    processes refuse a wrong checkpoint."""
+def test_weights_arrive_the_same_whether_rank_0_or_each_rank_reads_them(server, model_folder, tmp_path):
+    """On 2 x 2 processes: safetensors, of which each process reads half; .bin files; safetensors that one process cannot
+    read. All processes refuse a wrong checkpoint."""
     model, data = model_folder("qwen2"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
     weights = load_file(model / "model.safetensors")
     for name, changes in (("bin", {}), ("wrong", {"model.layers.7.extra": torch.ones(2)})):
@@ -142,7 +140,7 @@ train.stored_weights, train.shard.fill, train.load_weights = counting, checked, 
         trained = load_file(output / "model.safetensors")
         for name, value in trained.items():
             if name == "model.embed_tokens.weight":
-                value = value[: len(weights[name])]  # a pad token came to it
+                value = value[: len(weights[name])]  # without the added pad token
             wanted = weights[name] if name != "score.weight" else init_head(32, seed=0)
             assert torch.equal(value, wanted), (i, name)
 
@@ -154,7 +152,7 @@ def test_a_shard_size_that_does_not_divide_the_processes_is_refused_first(server
 
 
 def losses(server, model, data, output, parts, *flags, patch=""):
-    """Training rows of a run resumed from part to part: (processes, --shard_size, steps). 8 prompts per step."""
+    """Training rows of a run resumed with each part's (processes, --shard_size, steps). A step has 8 prompts."""
     held_out = write_jsonl(data.with_name("eval.jsonl"), make_comparisons(2, seed=1))
     flags = ["--model", model, "--train_data", data, "--eval_data", held_out, "--output_dir", output, *flags]
     flags += ["--max_length", 64, "--learning_rate", 1e-4, "--logging_steps", 1, "--warmup_steps", 0]
@@ -171,8 +169,8 @@ def assert_close(got, wanted, tolerance):
         assert [r[key] for r in got] == pytest.approx([r[key] for r in wanted], abs=tolerance), key
 
 
-def test_eight_processes_and_hybrid_meshes_take_the_ten_steps_of_one(server, model_folder, tmp_path):
-    """2 x 2 and 2 x 4: two copies, each on two or four processes."""
+def test_eight_processes_and_hybrid_meshes_take_the_same_steps_as_one(server, model_folder, tmp_path):
+    """2 x 2 and 2 x 4 are two copies on two or four processes each."""
     model, data = model_folder("gptj", n_layer=8), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     shapes = {"one": (1, 0), "eight": (8, 0), "2 x 2": (4, 2), "2 x 4": (8, 4)}
     wanted = None
@@ -182,8 +180,8 @@ def test_eight_processes_and_hybrid_meshes_take_the_ten_steps_of_one(server, mod
         assert_close(got, wanted := wanted or got, 1e-5)
 
 
-def test_a_run_goes_on_with_another_shard_size_and_number_of_processes(server, model_folder, tmp_path):
-    """2 x 2, then one copy on each of two, then one copy on four. --cpu_offload may change as well; see below."""
+def test_a_run_resumes_with_another_shard_size_and_number_of_processes(server, model_folder, tmp_path):
+    """First 2 x 2, then a copy on each of two processes, then one copy on four, with --cpu_offload."""
     model, data = model_folder("llama"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     wanted = losses(server, model, data, tmp_path / "one", [(1, 0, 6)])
     got = losses(server, model, data, tmp_path / "many", [(4, 2, 2), (2, 1, 4)], "--save_steps", 2)
@@ -192,7 +190,7 @@ def test_a_run_goes_on_with_another_shard_size_and_number_of_processes(server, m
 
 
 def test_an_overflow_in_one_shard_is_skipped_by_all_copies(server, model_folder, tmp_path):
-    """In step 2, in the second half of the parameters: on one of two processes, or on two of 2 x 2."""
+    """The overflow is in step 2, in the second shard: on one of two processes, or on two of 2 x 2."""
     model, data = model_folder("gptj"), write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     patch = """
 import torch

@@ -19,14 +19,14 @@ from crash import compare
 
 @pytest.fixture(scope="module")
 def straight(server, twelve_steps, tmp_path_factory):
-    """Output folder of that run on two undisturbed processes."""
+    """Output folder of that run on two processes without any signal."""
     output = tmp_path_factory.mktemp("straight") / "run"
     assert server.run(*twelve_steps, "--output_dir", output, world=2).codes == [0, 0]
     return output
 
 
-def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(server, twelve_steps, straight, tmp_path):
-    """Send each signal once during one run, also between the checkpoints of --save_steps."""
+def test_a_signal_to_any_process_saves_the_step_and_stops_all(server, twelve_steps, straight, tmp_path):
+    """Each signal stops the run once, also between two checkpoints of --save_steps."""
     output = tmp_path / "stopped"
     for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGHUP, [0])):
         run = server.start(*twelve_steps, "--output_dir", output, world=2)
@@ -42,7 +42,7 @@ def test_a_signal_to_any_process_stops_all_after_the_step_with_a_checkpoint(serv
     assert compare(straight, output) == []
 
 
-def test_when_one_process_is_killed_the_other_ends_too_and_says_why(server, twelve_steps, tmp_path):
+def test_if_one_process_is_killed_the_other_ends_and_says_why(server, twelve_steps, tmp_path):
     run = server.start(*twelve_steps, "--output_dir", tmp_path / "run", "--max_steps", 1000, world=2)
     run.until(lambda: checkpoints(tmp_path / "run"))
     run.kill(ranks=[1])
@@ -53,7 +53,7 @@ def test_when_one_process_is_killed_the_other_ends_too_and_says_why(server, twel
     assert "Traceback" not in run.text()
 
 
-# Holds a run where it is asked to, with a file as the sign that it has come there.
+# A patch that holds a run in function {name}; the file {sign} shows that it has arrived there.
 HOLD = """
 import time
 from pathlib import Path
@@ -71,10 +71,11 @@ def held(*arguments, **options):
     "name, number",
     [("train.prepare", signal.SIGHUP), ("train.load_weights", signal.SIGINT), ("train.export", signal.SIGTERM)],
 )
-def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server, twelve_steps, tmp_path, name, number):
-    """Both processes get it, as from torchrun, while the second waits for the first in gloo. Then the run finishes."""
+def test_a_signal_outside_the_training_loop_ends_the_run_within_seconds(server, twelve_steps, tmp_path, name, number):
+    """Both processes get the signal, as from torchrun, while the second waits for the first in gloo. The same command then
+    finishes the run."""
     flags = [*twelve_steps, "--max_steps", 2, "--save_steps", 1, "--output_dir", tmp_path / "run"]
-    stored = "train.stored_weights = lambda *_: None\n"  # so that the first process reads them for all
+    stored = "train.stored_weights = lambda *_: None\n"  # so that rank 0 reads the weights for all
     patch = stored + HOLD.format(name=name, when=True, sign=str(tmp_path / "sign"), wait="time.sleep(60)")
     run = server.start(*flags, world=2, patch=patch)
     assert run.until(lambda: (tmp_path / "sign").exists())
@@ -88,10 +89,10 @@ def test_a_signal_outside_of_the_loop_ends_the_run_in_seconds_with_a_line(server
     assert server.run(*flags, world=2).codes == [0, 0] and (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, twelve_steps, tmp_path):
-    """The main thread waits where no signal wakes it, as in a collective that another process never enters."""
+def test_a_process_stuck_in_a_library_still_ends(server, twelve_steps, tmp_path):
+    """The main thread waits where no signal wakes it, as in a collective that another rank never enters."""
     mutex = "import ctypes\nC, MUTEX = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
-    wait = "C.pthread_mutex_lock(MUTEX), C.pthread_mutex_lock(MUTEX)"  # locked twice: nothing ever wakes it up
+    wait = "C.pthread_mutex_lock(MUTEX), C.pthread_mutex_lock(MUTEX)"  # locked twice, so nothing ever wakes it
     patch = mutex + HOLD.format(name="train.prepare", when=True, sign=str(tmp_path / "sign"), wait=wait)
     run = server.start(*twelve_steps, "--output_dir", tmp_path / "run", patch=patch)
     assert run.until(lambda: (tmp_path / "sign").exists())
@@ -99,9 +100,7 @@ def test_a_process_that_is_stuck_in_a_library_ends_all_the_same(server, twelve_s
     assert run.wait(30) == [143] and "SIGTERM: stopped" in run.text()
 
 
-def test_a_signal_in_an_evaluation_cuts_it_short_and_the_resumed_run_makes_it_up(
-    server, twelve_steps, straight, tmp_path
-):
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(server, twelve_steps, straight, tmp_path):
     output = tmp_path / "stopped"
     patch = """
 measured, agreed = [], train.run.agreed
@@ -110,7 +109,7 @@ def signalled(caught):
     if rank == 1 and len(measured) == {calls}: caught.append(1)
     return agreed(caught)
 train.run.agreed = signalled
-"""  # five held-out prompts on two processes: three micro-steps of an evaluation
+"""  # an evaluation of five prompts on two processes takes three micro-steps
     for calls, step in ((2, None), (5, 3)):
         run = server.run(*twelve_steps, "--output_dir", output, world=2, patch=patch.format(calls=calls))
         assert run.codes == [129, 129], run.text()
@@ -119,7 +118,8 @@ train.run.agreed = signalled
     assert compare(straight, output) == []
 
 
-# kill -9 of the process that started this one, and some time for the signal that follows. A file tells each process's id.
+# Kills this process's parent with SIGKILL and waits for the signal that follows. The names of the files in {pids} are the
+# ids of the processes.
 ORPHAN = """
 import os, time
 from pathlib import Path
@@ -136,7 +136,7 @@ def killed(*arguments, **options):
 setattr(owner, name, killed)
 """
 
-# What torchrun starts: train.py, with a patch before.
+# train.py with a patch, for torchrun to start.
 PATCHED = """
 import os, sys
 import train
@@ -144,7 +144,7 @@ exec(os.environ["PATCH"], {"train": train, "rank": int(os.environ["RANK"])})
 sys.exit(train.main())
 """
 
-# In place of train.py: torchrun's agent, whose two processes are forked, so that nothing is imported again.
+# Replaces train.main by torchrun's agent. It forks its two processes, so nothing is imported again.
 AGENT = """
 import os, sys
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -167,9 +167,9 @@ def torchrun(script, flags, log, **env) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "agent"])
-def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, twelve_steps, straight, tmp_path, launcher):
-    """kill -9 of torchrun during training, and of its agent during training, evaluation and saving; then the same flags
-    resume the run, bitwise equal."""
+def test_a_run_whose_launcher_is_killed_saves_and_ends(server, twelve_steps, straight, tmp_path, launcher):
+    """SIGKILL ends torchrun during training, and its agent during training, evaluation and saving. The same command then
+    resumes the run, bitwise equal."""
     output, log, pids = tmp_path / "run", tmp_path / "log", tmp_path / "pids"
     pids.mkdir()
     (tmp_path / "patched.py").write_text(PATCHED)
@@ -185,7 +185,7 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, twelve_
         assert code == -signal.SIGKILL, log.read_text()
         workers = [path.name for path in pids.iterdir()]
         end = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):  # a dead one that nobody waited for has no exe
+        while any(Path(f"/proc/{pid}/exe").exists() for pid in workers):  # a zombie has no exe
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.1)
         assert "SIGTERM: stopped after step" in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
@@ -196,7 +196,7 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends_by_itself(server, twelve_
     assert compare(straight, output) == []
 
 
-def test_torchrun_starts_a_run_again_that_lost_a_process(server, twelve_steps, tmp_path):
+def test_torchrun_restarts_a_run_that_lost_a_process(server, twelve_steps, tmp_path):
     patch = """
 import os
 from minirm import checkpoint

@@ -10,11 +10,10 @@ import lzma
 import datasets
 import fsspec
 import pytest
-from conftest import refusal, write_jsonl
+from conftest import ELEVEN, NINE, refusal, write_jsonl
 
 from minirm.data.sources import COMPRESSED, fingerprint, left_out, read_rows
 
-NINE, ELEVEN = "a b c d e", "a b c d e f"
 GOOD = json.dumps({"prompt": "p", "chosen": NINE, "rejected": ELEVEN})
 
 
@@ -78,7 +77,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path, encoding):
     assert rows_of(write_csv(tmp_path / "x.csv", rows, encoding)) == rows
 
 
-def test_a_split_of_a_dataset_is_named_behind_a_colon(tmp_path):
+def test_a_split_is_given_after_a_colon(tmp_path):
     for split, count in (("train", 3), ("test", 1)):
         write_jsonl(tmp_path / f"{split}.jsonl", ROWS[:count])
     assert [len(rows_of(f"{tmp_path}{split}")) for split in ("", ":train", ":test")] == [3, 3, 1]
@@ -86,7 +85,7 @@ def test_a_split_of_a_dataset_is_named_behind_a_colon(tmp_path):
     assert message.startswith(f"{tmp_path}:validation: ") and "validation" in message
 
 
-def test_blank_lines_and_windows_line_ends_are_nothing(tmp_path):
+def test_blank_lines_and_windows_line_endings_are_ignored(tmp_path):
     line = json.dumps({"chosen": NINE, "rejected": ELEVEN})
     (tmp_path / "x.jsonl").write_bytes(f"\r\n{line}\r\n  \r\n\n{line}".encode())
     assert [where for where, _ in read_rows(str(tmp_path / "x.jsonl"))] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 5)]
@@ -103,11 +102,8 @@ def test_a_very_long_csv_field_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet"])
 def test_a_missing_file_is_refused(tmp_path, name):
-    message = refusal(fingerprint, str(tmp_path / name))
-    assert (
-        message
-        == f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv or .parquet file"
-    )
+    wanted = f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv, .parquet file"
+    assert refusal(fingerprint, str(tmp_path / name)) == wanted
 
 
 def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
@@ -117,10 +113,8 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["no-such-dataset", "no/such-dataset", "no/such-dataset:train", "x.txt"])
 def test_an_unknown_dataset_is_refused(name):
-    message = refusal(fingerprint, name)
-    assert message.startswith(
-        f"{name}: neither a .jsonl, .json, .csv, .tsv or .parquet file nor a dataset that can be loaded ("
-    )
+    wanted = f"{name}: neither a .jsonl, .json, .csv, .tsv, .parquet file nor a dataset that can be loaded ("
+    assert refusal(fingerprint, name).startswith(wanted)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +131,7 @@ def test_an_unknown_dataset_is_refused(name):
     ],
     ids=lambda value: value[:40],
 )  # fmt: skip
-def test_a_line_that_is_no_object_is_named_with_its_number(tmp_path, line, wanted):
+def test_a_line_that_is_not_an_object_is_named_with_its_number(tmp_path, line, wanted):
     path = tmp_path / "x.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     message = refusal(read_rows, str(path))
@@ -153,13 +147,13 @@ def test_an_array_that_is_not_json_is_named_with_its_line(tmp_path):
     assert refusal(read_rows, str(path)).startswith(f"{path}:1: not JSON (Exceeds the limit")
 
 
-def test_a_comma_without_quotes_does_not_cut_an_answer_short(tmp_path):
+def test_a_comma_without_quotes_does_not_truncate_an_answer(tmp_path):
     (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\np,{NINE},{ELEVEN}\np,{NINE},well, {ELEVEN}\n")
     message = refusal(read_rows, f"{tmp_path}/x.csv")
     assert message == f"{tmp_path}/x.csv:3: 4 fields for 3 columns; put texts that contain commas in double quotes"
 
 
-def test_a_csv_with_a_quote_that_never_ends_is_refused(tmp_path):
+def test_a_csv_with_an_unterminated_quote_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text(f'prompt,chosen,rejected\np,"{NINE},{ELEVEN}\np,a,b\n')
     message = refusal(read_rows, f"{tmp_path}/x.csv")
     assert message == f"{tmp_path}/x.csv:2: not CSV (unexpected end of data)"
@@ -182,14 +176,16 @@ def test_bytes_that_are_not_utf8_in_an_array_are_named_with_their_line(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_refused_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)  # so that caplog sees what it says by itself
+    monkeypatch.setattr(
+        logging.getLogger("datasets"), "propagate", True
+    )  # so that caplog sees the library's own messages
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     message = refusal(read_rows, f"{tmp_path}/x.parquet")
     assert message.startswith(f"{tmp_path}/x.parquet: cannot be read (") and caplog.text == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Places and compression
+# Locations and compression
 
 
 def packed(data: bytes, suffix: str) -> bytes:
@@ -225,17 +221,14 @@ def test_tabs_globs_folders_of_shards_and_urls(tmp_path):
         write_jsonl(tmp_path / "shards" / name, [row])
     (tmp_path / "shards" / "README.txt").write_text("no data")
     assert rows_of(tmp_path / "shards") == ROWS
-    assert (
-        rows_of(tmp_path / "shards" / "*.jsonl") == ROWS[:2]
-        and rows_of(tmp_path / "shards" / "**" / "c.jsonl") == ROWS[2:]
-    )
+    assert rows_of(tmp_path / "shards" / "*.jsonl") == ROWS[:2]
+    assert rows_of(tmp_path / "shards" / "**" / "c.jsonl") == ROWS[2:]
     assert next(where for where, _ in read_rows(f"{tmp_path}/shards/*.jsonl")) == f"{tmp_path}/shards/a.jsonl:1"
     before = fingerprint(f"{tmp_path}/shards/*.jsonl")
     write_jsonl(tmp_path / "shards" / "b.jsonl", ROWS)
     assert fingerprint(f"{tmp_path}/shards/*.jsonl") != before
-    assert "no .jsonl, .json" in refusal(read_rows, f"{tmp_path}/*.jsonl") and "no .jsonl" in refusal(
-        fingerprint, f"{tmp_path}/*.csv"
-    )
+    assert "no .jsonl, .json" in refusal(read_rows, f"{tmp_path}/*.jsonl")
+    assert "no .jsonl" in refusal(fingerprint, f"{tmp_path}/*.csv")
     with fsspec.open("memory://set/x.jsonl.gz", "wb", compression="gzip") as file:
         file.write((json.dumps(ROWS[0]) + "\n").encode())
     assert rows_of("memory://set/x.jsonl.gz") == rows_of("memory://set/*.gz") == ROWS[:1]
@@ -247,16 +240,12 @@ def test_splits_in_one_file_and_saved_to_disk(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": ROWS}))
     assert rows_of(tmp_path / "x.json") == ROWS
     (tmp_path / "y.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1))
-    assert (
-        rows_of(tmp_path / "y.json") == rows_of(f"{tmp_path}/y.json:train") == ROWS
-        and rows_of(f"{tmp_path}/y.json:test") == ROWS[:1]
-    )
+    assert rows_of(tmp_path / "y.json") == rows_of(f"{tmp_path}/y.json:train") == ROWS
+    assert rows_of(f"{tmp_path}/y.json:test") == ROWS[:1]
     (tmp_path / "z.json").write_text(json.dumps({"easy": ROWS, "hard": ROWS[:1]}))
-    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"choose one, as in {tmp_path}/z.json:easy")
-    parts = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
-    )
-    parts.save_to_disk(tmp_path / "saved")
+    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"type which one is meant, {tmp_path}/z.json:easy")
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", ROWS), ("test", ROWS[:1]))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert rows_of(tmp_path / "saved") == ROWS and rows_of(f"{tmp_path}/saved:test") == ROWS[:1]
     assert "found train, test" in refusal(read_rows, f"{tmp_path}/saved:dev")
     (tmp_path / "hub" / "harmless").mkdir(parents=True)
@@ -265,26 +254,23 @@ def test_splits_in_one_file_and_saved_to_disk(tmp_path):
     assert rows_of(f"{tmp_path}/hub:harmless:test") == ROWS[:2]
 
 
-def test_an_amount_takes_the_first_rows_or_a_share_and_reads_no_further(tmp_path):
+def test_an_amount_takes_the_first_rows_or_a_share_of_all(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"n": n} for n in range(10)])
     with open(path, "a") as file:
         file.write("not json\n")
     numbers = lambda source: [row["n"] for row in rows_of(source)]
     assert numbers(f"{path}@3") == [0, 1, 2]
-    assert "not JSON" in refusal(read_rows, f"{path}@0.5")  # a share has to read them all
+    assert "not JSON" in refusal(read_rows, f"{path}@0.5")  # a share needs all rows
     write_jsonl(path, [{"n": n} for n in range(10)])
-    assert (
-        numbers(f"{path}@0.5") == [1, 3, 5, 7, 9]
-        and numbers(f"{path}@0.3") == [3, 6, 9]
-        and len(numbers(f"{path}@1.0")) == 10
-    )
+    assert numbers(f"{path}@0.5") == [1, 3, 5, 7, 9] and numbers(f"{path}@0.3") == [3, 6, 9]
+    assert len(numbers(f"{path}@1.0")) == 10
     for wrong in ("@0", "@0.0", "@1.5"):
-        assert "a share up to 1, as in @0.5" in refusal(read_rows, f"{path}{wrong}")
-    write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # a file of that name is that file, and has no known type
+        assert "a share of them, @0.5" in refusal(read_rows, f"{path}{wrong}")
+    write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # an existing file keeps its name, whose type is unknown
     assert "neither a .jsonl" in refusal(fingerprint, f"{tmp_path}/odd.jsonl@2")
 
 
-def test_a_split_of_a_file_that_has_none_is_refused(tmp_path):
+def test_a_split_of_a_file_without_splits_is_refused(tmp_path):
     for kind in ("jsonl", "json lines", "json array", "csv", "parquet"):
         path = write_as(kind, tmp_path, ROWS)
         assert refusal(rows_of, f"{path}:test") == f"{path}:test: the file has no splits; use {path}"
@@ -307,13 +293,13 @@ def test_an_object_whose_messages_are_a_list_is_one_row(tmp_path):
     assert rows_of(tmp_path / "x.json") == [row]
 
 
-def test_a_broken_line_of_a_json_file_with_an_object_a_line_is_named(tmp_path):
+def test_a_broken_line_of_a_json_file_in_json_lines_is_named(tmp_path):
     (tmp_path / "x.json").write_text(f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}\n")
     assert refusal(rows_of, tmp_path / "x.json").startswith(f"{tmp_path}/x.json:3: not JSON (")
 
 
-def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
-    """It is unclear whether a file without a split in its name, beside one with a split, is wanted."""
+def test_unread_files_of_a_folder_are_named(tmp_path):
+    """Beside files with a split in their name, a file without one may not be wanted."""
     for name in ("train-0.jsonl", "test.jsonl", "more/a.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(GOOD)
@@ -325,13 +311,13 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("pack, suffix", [(gzip, ".gz"), (bz2, ".bz2"), (lzma, ".xz")])
-def test_a_compressed_file_under_the_name_of_a_plain_one_is_told_its_name(tmp_path, pack, suffix):
+def test_a_compressed_file_with_the_suffix_of_a_plain_one_is_refused_by_name(tmp_path, pack, suffix):
     path = tmp_path / "x.jsonl"
     path.write_bytes(pack.compress(GOOD.encode()))
     assert refusal(read_rows, str(path)).endswith(f"this is a {suffix} file; rename it to {path}{suffix}")
 
 
 @pytest.mark.parametrize("mark", [";", "|", "\t"])
-def test_a_csv_file_with_other_separators_is_told_so(tmp_path, mark):
+def test_a_csv_file_with_other_separators_is_refused(tmp_path, mark):
     (tmp_path / "x.csv").write_text(f"chosen{mark}rejected\n{NINE}{mark}{ELEVEN}\n")
     assert f"not by {json.dumps(mark)}" in refusal(read_rows, str(tmp_path / "x.csv"))

@@ -1,4 +1,4 @@
-"""Token ids, the groups of a prompt, over-long texts: `python -m pytest tests/test_tokens.py`. No network.
+"""Token ids, groups of comparisons, over-long texts: `python -m pytest tests/test_tokens.py`. No network.
 
 The tokenizer has no merges: one token per character, and one for EOS (and for BOS).
 """
@@ -14,7 +14,7 @@ from minirm.data.tokens import common_prefix, encode, tokenise
 
 
 def tokenised(tokenizer, rows, separator="|", **options):
-    """(groups, counts) of rows given as (prompt, chosen, rejected)."""
+    """(groups, counts) of rows (prompt, chosen, rejected)."""
     about = {"chat": False, "chosen": [0], "rejected": [1], "margin": [0.0], "subset": "", "source": 0}
     prompts, counts = {}, [Counter()]
     for n, (prompt, *answers) in enumerate(rows, 1):
@@ -33,7 +33,7 @@ def texts_of(group, tokenizer):
 
 @pytest.mark.parametrize("separator", ["\n", "", " ", "\n\nAssistant: "])
 def test_ids_are_those_of_the_whole_text_and_eos(separator):
-    """Real merges also cross the border between prompt and answer: nothing is tokenised in pieces."""
+    """Real merges cross the boundary between prompt and answer, so texts must be tokenised as a whole."""
     tokenizer = make_tokenizer()
     rows = make_comparisons(40, per_prompt=2) + [{"prompt": "the go", "chosen": "od the bad", "rejected": "od answer"}]
     rows = [(r["prompt"], r["chosen"], r["rejected"]) for r in rows]
@@ -72,7 +72,7 @@ def test_bos_once_and_eos_once(name, end):
 
 
 @pytest.mark.parametrize("name", ["bos", "both", "nothing"])
-def test_a_bos_that_the_text_brings_along_is_not_doubled(name):
+def test_a_bos_in_the_text_is_not_doubled(name):
     """Chat templates write BOS into the text."""
     tokenizer = with_template(*TEMPLATES[name])
     a, bos, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "<s>", "</s>"))
@@ -81,14 +81,14 @@ def test_a_bos_that_the_text_brings_along_is_not_doubled(name):
     assert encode(tokenizer, ["a<s><s>"]) == [([] if name == "nothing" else [bos]) + [a, bos, bos, eos]]
 
 
-def test_an_eos_inside_of_a_text_stays():
+def test_an_eos_inside_a_text_is_kept():
     tokenizer = with_template("<s> $A")
     a, bos, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "<s>", "</s>"))
     assert encode(tokenizer, ["a</s>a</s>"]) == [[bos, a, eos, a, eos]]
 
 
-def test_what_a_tokenizer_was_saved_with_does_not_cut_or_pad(characters):
-    """Many tokenizer.json files store the truncation and padding of the run that made them."""
+def test_a_tokenizers_saved_truncation_and_padding_are_ignored(characters):
+    """Many tokenizer.json files store the truncation and padding of their training run."""
     tokenizer = make_tokenizer(texts=["x"])
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
@@ -99,7 +99,7 @@ def test_what_a_tokenizer_was_saved_with_does_not_cut_or_pad(characters):
 @pytest.mark.parametrize(
     "rows, shared", [([[1, 2, 3], [1, 2, 4], [1, 2]], 2), ([[1], [2]], 0), ([[5, 6]], 2), ([[1, 9, 9], [1, 2], [1, 5, 5]], 1)]
 )  # fmt: skip
-def test_the_common_prefix(rows, shared):
+def test_common_prefix(rows, shared):
     assert common_prefix(rows) == shared
 
 
@@ -107,7 +107,7 @@ def test_the_common_prefix(rows, shared):
 # Groups
 
 
-def test_comparisons_of_a_prompt_form_a_group_whose_completions_are_kept_once(characters):
+def test_comparisons_of_a_prompt_form_a_group_with_distinct_completions(characters):
     """Three comparisons with one reference answer give one prefix and four completions, with the reference once."""
     rows = [("p", "good x", "bad y"), ("q", "o", "n"), ("p", "good x", "worse"), ("p", "best", "good x")]
     groups, counts = tokenised(characters, rows)
@@ -132,7 +132,7 @@ def test_comparisons_of_a_prompt_form_a_group_whose_completions_are_kept_once(ch
     assert (counts["kept"], counts["prompts"]) == (4, 2)
 
 
-def test_the_prefix_goes_as_far_as_all_completions_agree_but_leaves_each_its_end(characters):
+def test_the_prefix_is_the_common_part_without_the_last_token(characters):
     (group,), _ = tokenised(characters, [("p", "same start a", "same start b")])
     assert characters.decode(group["prefix"]) == "p|same start "
     (group,), _ = tokenised(characters, [("p", "yes", "yes indeed")])
@@ -141,7 +141,7 @@ def test_the_prefix_goes_as_far_as_all_completions_agree_but_leaves_each_its_end
         "<|endoftext|>",
         " indeed<|endoftext|>",
     ]
-    (group,), _ = tokenised(characters, [("p", "yes", "yes<|endoftext|>no")])  # begins with all of the other, EOS too
+    (group,), _ = tokenised(characters, [("p", "yes", "yes<|endoftext|>no")])  # continues the other text after its EOS
     assert [characters.decode(ids) for ids in (group["prefix"], *group["completions"])] == [
         "p|yes",
         "<|endoftext|>",
@@ -149,7 +149,7 @@ def test_the_prefix_goes_as_far_as_all_completions_agree_but_leaves_each_its_end
     ]
 
 
-def test_without_a_prompt_each_pair_stands_for_itself(characters):
+def test_without_a_prompt_each_pair_is_its_own_group(characters):
     groups, _ = tokenised(characters, [("", "aa", "ab"), ("", "cc", "cd"), ("", "ab", "aa"), ("", "aa", "cc")])
     assert [texts_of(group, characters) for group in groups] == [
         [("aa<|endoftext|>", "ab<|endoftext|>"), ("ab<|endoftext|>", "aa<|endoftext|>")],
@@ -159,7 +159,7 @@ def test_without_a_prompt_each_pair_stands_for_itself(characters):
     assert groups[2]["prefix"] == []
 
 
-def test_an_identical_pair_that_is_measured_is_one_completion(characters):
+def test_an_identical_evaluation_pair_is_one_completion(characters):
     (group,), counts = tokenised(characters, [("p", "aa", "aa")], keep="labelled")
     assert (len(group["completions"]), group["chosen"], group["rejected"]) == (1, [0], [0])
     assert counts["kept"] == 1
@@ -169,8 +169,8 @@ def test_an_identical_pair_that_is_measured_is_one_completion(characters):
 # Over-long comparisons
 
 
-def test_the_prompt_is_cut_from_the_left_and_both_sides_alike():
-    """0123456789|aaaa is BOS + 10 + 1 + 4 + EOS = 17 tokens; 14 leave the longer side BOS, 789 to 3456789, answer, EOS."""
+def test_both_sides_lose_the_same_left_part_of_the_prompt():
+    """0123456789|aaaa is BOS + 10 + 1 + 4 + EOS = 17 tokens. A limit of 14 cuts three tokens of the prompt on both sides."""
     tokenizer = with_template("<s> $A")
     (group,), counts = tokenised(tokenizer, [("0123456789", "aaaa", "bb")], max_length=14)
     assert texts_of(group, tokenizer) == [("<s>3456789|aaaa</s>", "<s>3456789|bb</s>")]
@@ -178,15 +178,15 @@ def test_the_prompt_is_cut_from_the_left_and_both_sides_alike():
 
 
 @pytest.mark.parametrize("template, kept", [("<s> $A", "<s>"), ("$A", "")])
-def test_all_of_the_prompt_may_go_but_neither_bos_nor_separator_answer_or_eos(template, kept):
+def test_bos_separator_answer_and_eos_are_never_cut(template, kept):
     tokenizer = with_template(template)
     (group,), counts = tokenised(tokenizer, [("0123", "aaaa", "b")], max_length=len(kept) // 3 + 6)
     assert texts_of(group, tokenizer) == [(f"{kept}|aaaa</s>", f"{kept}|b</s>")]
     assert counts["kept, prompt truncated"] == 1
 
 
-def test_whatever_a_tokenizer_puts_before_every_text_stays():
-    """GLM has two tokens there, neither of them its BOS; a chat template may put BOS into the prompt."""
+def test_tokens_that_start_every_text_are_never_cut():
+    """GLM starts with two tokens, neither of which is its BOS. A chat template may write BOS into the prompt."""
     tokenizer = with_template("<s> </s> $A", eos="<e>", bos="<s>", more="</s>")
     tokenizer.bos_token = None
     (group,), _ = tokenised(tokenizer, [("0123456789", "aaaa", "bb")], max_length=12)
@@ -202,7 +202,7 @@ def test_a_comparison_that_just_fits_is_not_cut(characters):
     assert counts["kept, prompt truncated"] == 0
 
 
-def test_other_comparisons_of_the_prompt_stay_whole(characters):
+def test_shorter_comparisons_of_the_same_prompt_are_not_cut(characters):
     rows = [("0123", "a", "b"), ("0123", "aaaa", "b"), ("0123", "a", "cccc"), ("0123", "c", "b")]
     groups, counts = tokenised(characters, rows, max_length=8)
     eos = "<|endoftext|>"
@@ -214,7 +214,7 @@ def test_other_comparisons_of_the_prompt_stay_whole(characters):
 
 
 def test_an_answer_too_long_by_itself_is_dropped_in_training(characters):
-    """|aaaa + EOS is 6 tokens; at 5 there is no prompt left to cut."""
+    """|aaaa + EOS is 6 tokens, more than the limit of 5 even without the prompt."""
     groups, counts = tokenised(
         characters, [("0123", "aaaa", "b"), ("", "aaaaa", "b"), ("0123", "a", "b")], max_length=5
     )
@@ -223,7 +223,7 @@ def test_an_answer_too_long_by_itself_is_dropped_in_training(characters):
     assert (counts["kept"], counts["kept, prompt truncated"]) == (1, 1)
 
 
-def test_an_answer_too_long_by_itself_is_cut_before_its_eos_where_it_is_measured():
+def test_an_evaluation_answer_too_long_by_itself_is_cut_before_its_eos():
     tokenizer = with_template("<s> $A")
     (group,), counts = tokenised(tokenizer, [("0123", "abcdef", "b")], max_length=6, keep="labelled")
     assert texts_of(group, tokenizer) == [("<s>|abc</s>", "<s>|b</s>")]
@@ -233,8 +233,8 @@ def test_an_answer_too_long_by_itself_is_cut_before_its_eos_where_it_is_measured
     assert (counts["kept"], counts["kept, prompt truncated"], counts["kept, answer truncated"]) == (1, 0, 1)
 
 
-def test_a_cut_ends_where_the_tokens_stop_being_those_of_the_prompt():
-    """With real merges, the prompt's last token may merge with the answer; it then belongs to the answer."""
+def test_only_tokens_of_the_prompt_are_cut():
+    """With real merges, the prompt's last token may merge with the answer and then belongs to the answer."""
     tokenizer = make_tokenizer()
     whole = tokenizer("the good")["input_ids"]
     assert whole != tokenizer("the go")["input_ids"] + tokenizer("od")["input_ids"]
@@ -250,7 +250,7 @@ def test_a_cut_ends_where_the_tokens_stop_being_those_of_the_prompt():
 
 @pytest.mark.parametrize("keep", ["worth", "labelled"])
 @pytest.mark.parametrize("max_length", range(1, 40, 3))
-def test_nothing_is_ever_longer_than_the_limit_and_everything_ends_in_one_eos(max_length, keep):
+def test_no_text_exceeds_the_limit_and_every_text_ends_in_one_eos(max_length, keep):
     tokenizer = with_template("<s> $A </s>")
     rows = [(r["prompt"][:20], r["chosen"][:15], r["rejected"][:15]) for r in make_comparisons(30, per_prompt=3)]
     groups, counts = tokenised(tokenizer, rows, max_length=max_length, keep=keep)
@@ -263,7 +263,7 @@ def test_nothing_is_ever_longer_than_the_limit_and_everything_ends_in_one_eos(ma
     assert sum(group["pairs"] for group in groups) == counts["kept"]
 
 
-def test_overlong_drop_leaves_them_out_and_counts_them(characters):
+def test_overlong_drop_drops_and_counts(characters):
     rows = [("0123", "aaaa", "b"), ("0123", "a", "b"), ("0123", "b", "aaaa")]
     groups, counts = tokenised(characters, rows, max_length=9, overlong="drop")
     assert [texts_of(group, characters) for group in groups] == [[("0123|a<|endoftext|>", "0123|b<|endoftext|>")]]

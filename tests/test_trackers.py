@@ -10,7 +10,7 @@ import train
 from minirm.errors import InputError
 from minirm.report.trackers import open_trackers
 
-WANDB = """# Weights & Biases as far as minirm knows it: what it is told goes into a file of the run's folder.
+WANDB = """# The part of Weights & Biases that minirm uses. It writes everything it is told into a file in the run's folder.
 import json, os
 from pathlib import Path
 
@@ -36,7 +36,7 @@ SENT = {"train/loss": 0.5, "train/epoch": 1.0, "train/global_step": 7}
 
 @pytest.fixture()
 def wandb(tmp_path, monkeypatch):
-    """A folder with a fake wandb to import; told(output) reads what each of its runs received."""
+    """The folder of a fake wandb package. told(output) reads what its runs received."""
     package = tmp_path / "site" / "wandb" / "__init__.py"
     package.parent.mkdir(parents=True)
     package.write_text(WANDB)
@@ -51,7 +51,7 @@ def told(output):
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
-def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run(wandb, tmp_path):
+def test_wandb_gets_the_usual_names_and_resumes_the_same_run(wandb, tmp_path):
     arguments = {"freeze_ratio": 0.7}
     send = open_trackers(["wandb"], tmp_path, arguments, 0)
     send({"step": 7, "loss": 0.5, "epoch": 1.0, "grad_norm": float("nan"), "list": [1, 2]})
@@ -65,16 +65,14 @@ def test_wandb_gets_numbers_under_the_trainers_names_and_goes_on_in_the_same_run
     assert second[1:] == [*steps, ["log", {"eval/loss": 0.4, "eval/accuracy/code": 1.0, "train/global_step": 8}]]
 
 
-def test_wandb_that_refuses_ends_the_run_with_one_line(wandb, tmp_path, monkeypatch):
+def test_a_wandb_error_ends_the_run_with_one_line(wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_REFUSES", "1")
     with pytest.raises(InputError, match=r"^--report_to wandb: no key.*log in") as error:
         open_trackers(["wandb"], tmp_path, {}, 0)
     assert "\n" not in str(error.value)
 
 
-def test_train_py_reports_every_row_from_the_first_process_alone_and_goes_on_in_the_same_run(
-    wandb, server, model_folder, tmp_path
-):
+def test_only_rank_0_reports_every_row_and_resumes_the_same_run(wandb, server, model_folder, tmp_path):
     data, output = write_jsonl(tmp_path / "data.jsonl", make_comparisons(8)), tmp_path / "run"
     flags = ["--model", model_folder("gptj"), "--train_data", data, "--eval_data", data, "--logging_steps", 1]
     flags += ["--save_steps", 2, "--output_dir", output, "--report_to", "none", "wandb"]
@@ -87,13 +85,12 @@ def test_train_py_reports_every_row_from_the_first_process_alone_and_goes_on_in_
     logged = [content for what, content in first + second if what == "log"]
     rows = read_metrics(output)
     assert [row["train/global_step"] for row in logged] == [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
-    assert [row.get("train/loss", row.get("eval/loss")) for row in logged] == [
-        row.get("loss", row.get("eval_loss")) for row in rows
-    ]
+    losses = [row.get("loss", row.get("eval_loss")) for row in rows]
+    assert [row.get("train/loss", row.get("eval/loss")) for row in logged] == losses
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_get_it(tmp_path, monkeypatch):
-    (tmp_path / "wandb").mkdir()  # a folder of that name, as wandb itself makes one, is no package
+def test_a_missing_tracker_is_refused_with_the_command_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # wandb itself leaves such a folder behind; it is not the package
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(InputError, match="--report_to wandb: wandb is not installed; pip install wandb"):
@@ -102,7 +99,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_get_it(t
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
-    """The run is killed after step 4 with a checkpoint of step 2; later rows must not appear twice."""
+    """The run was killed after step 4 with a checkpoint of step 2. Steps 3 and 4 must not appear twice."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -116,12 +113,6 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval/accuracy", "train/loss"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
-        (0, 0),
-        (1, 1),
-        (2, 2),
-        (3, 13),
-        (4, 14),
-        (5, 15),
-    ]
+    losses = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert losses == [(0, 0), (1, 1), (2, 2), (3, 13), (4, 14), (5, 15)]
     assert [(e.step, e.value) for e in events.Scalars("eval/accuracy")] == [(2, 0.5)]

@@ -1,4 +1,4 @@
-"""The real command on tiny models: one process and several, the published procedure, and refusals.
+"""train.py on tiny models: one and several processes, the published procedure, refusals.
 
 Run: pytest tests/test_train.py. Needs no network and no GPU; two to four gloo processes on the CPU.
 """
@@ -10,7 +10,16 @@ import resource
 import pytest
 import torch
 import transformers
-from conftest import SHARED_DATA, make_comparisons, make_model, make_tokenizer, read_metrics, run_train, write_jsonl
+from conftest import (
+    SHARED_DATA,
+    flags,
+    make_comparisons,
+    make_model,
+    make_tokenizer,
+    read_metrics,
+    run_train,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from test_attention import FAMILIES, REFUSED
 
@@ -23,26 +32,26 @@ QUICK = ["--max_length", 200, "--warmup_steps", 0, "--learning_rate", 1e-3, "--l
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """23 comparisons of 23 prompts for training; 11 of 7 prompts, divisible by neither 2 nor 3, for evaluation."""
+    """23 comparisons of 23 prompts for training and 11 of 8 prompts for evaluation; 11 is divisible by neither 2 nor 3."""
     folder = tmp_path_factory.mktemp("data")
     rows = make_comparisons(7, seed=2, per_prompt=2)[:7] + make_comparisons(4, seed=3)
     return write_jsonl(folder / "train.jsonl", make_comparisons(23)), write_jsonl(folder / "eval.jsonl", rows)
 
 
-def trained(data, output, model, *flags, processes=0, server=None):
+def trained(data, output, model, *more, processes=0, server=None):
     """Run the command to its end and return its metrics.jsonl.
 
-    Several processes run under torchrun or in the server; a single one runs in here. The latter two save the imports.
+    A single process runs in this one, several run in the server or under torchrun, which has to import everything.
     """
-    flags = ["--model", model, "--train_data", data[0], "--eval_data", data[1], "--output_dir", output, *QUICK, *flags]
+    given = [*flags(model=model, train_data=data[0], eval_data=data[1], output_dir=output), *QUICK, *more]
     if server:
-        run = server.run(*flags, world=processes)
+        run = server.run(*given, world=processes)
         assert set(run.codes) == {0}, run.text()[-3000:]
     elif processes:
-        result = run_train(*flags, processes=processes)
+        result = run_train(*given, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     else:
-        assert importlib.import_module("train").main([str(flag) for flag in flags]) == 0
+        assert importlib.import_module("train").main([str(flag) for flag in given]) == 0
     return read_metrics(output)
 
 
@@ -51,12 +60,12 @@ def test_importing_train_does_nothing():
     assert module.parse_args(["--model", "x"]).learning_rate == 1e-5
 
 
-def test_defaults_are_the_recipe_and_only_the_demo_has_others():
+def test_defaults_are_the_recipe_except_in_the_demo():
     train = importlib.import_module("train")
     args = train.parse_args(["--model", "some/decoder"])
     assert (args.learning_rate, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1e-5, 1, 4)
     assert (args.num_train_epochs, args.warmup_steps, args.freeze_ratio, args.max_length) == (5, 100, 0.7, 550)
-    assert train.parse_args([]).learning_rate > 1e-5  # a tiny model wants more
+    assert train.parse_args([]).learning_rate > 1e-5  # a tiny model needs a higher rate
     assert train.parse_args(["--learning_rate", "1e-5"]).learning_rate == 1e-5
 
 
@@ -65,9 +74,9 @@ def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, 
     real = [SHARED_DATA / "comparisons_train.jsonl", SHARED_DATA / "comparisons_eval.jsonl"]
     use_real = family == "gptj" and all(path.exists() for path in real)
     pairs = 320 if use_real else 11
-    flags = ["--precision", "fp16", "--max_steps", 6, "--max_length", 100]
-    forked = {} if family == "gptj" else {"server": server}  # that one by the real command
-    rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *flags, processes=2, **forked)
+    options = flags(precision="fp16", max_steps=6, max_length=100)
+    forked = {} if family == "gptj" else {"server": server}  # GPT-J runs under torchrun
+    rows = trained(real if use_real else data, tmp_path / "out", model_folder(family), *options, processes=2, **forked)
     train_rows, eval_rows = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
     assert [r["eval_pairs"] for r in eval_rows] == [pairs, pairs]
     assert [r["step"] for r in train_rows] == [1, 2, 3, 4, 5, 6]
@@ -78,7 +87,7 @@ def test_two_processes_train_in_fp16_and_count_every_held_out_pair_once(family, 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """41 comparisons of 23 prompts with margins 0.5, 1 and 2; at 40 tokens, some prompts are split into two groups."""
+    """41 comparisons of 21 prompts with margins 0.5, 1 and 2. With 40 tokens a row, some prompts form two groups."""
     rows = make_comparisons(30, seed=6, per_prompt=3) + make_comparisons(13, seed=7)[2:]
     rows = [row | {"margin": [0.5, 1.0, 2.0][i % 3]} for i, row in enumerate(rows)]
     return [write_jsonl(tmp_path_factory.mktemp("uneven") / "train.jsonl", rows)] * 2
@@ -88,25 +97,14 @@ ALL_OPTIONS = ["--pair_weight", "prompt", "--center_rewards_coefficient", 0.1, "
 
 
 @pytest.mark.parametrize("options", [[], ALL_OPTIONS])
-def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, model_folder, uneven, server, tmp_path):
-    """21 prompts in more groups, 4 per step, fewer in the last. Processes x groups a micro-step x micro-steps is 4."""
+def test_steps_depend_only_on_the_global_batch(options, model_folder, uneven, server, tmp_path):
+    """21 prompts form more groups. A step has 4: processes x groups per micro-step x micro-steps. The last has fewer."""
     runs = {}
     data = ["--train_data", uneven[0], "--eval_data", uneven[1], *QUICK, "--max_length", 40]
     for processes, batch, accumulation in ((1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 4, 1)):
         output = tmp_path / f"{processes}-{batch}"
-        cut = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-        flags = [
-            "--model",
-            model_folder("llama"),
-            *data,
-            "--output_dir",
-            output,
-            "--num_train_epochs",
-            1,
-            *options,
-            *cut,
-        ]
-        run = server.run(*flags, world=processes)
+        cut = flags(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=1)
+        run = server.run(*flags(model=model_folder("llama"), output_dir=output), *data, *options, *cut, world=processes)
         assert set(run.codes) == {0}, run.text()[-3000:]
         runs[processes, batch] = (read_metrics(output), load_file(output / "model.safetensors"))
     rows, weights = runs.pop((1, 1))
@@ -122,13 +120,12 @@ def test_the_same_global_batch_gives_the_same_steps_however_it_is_cut(options, m
 
 
 @pytest.mark.parametrize("kind", ["divergence", "last"])
-def test_all_loss_options_together_against_a_loop_over_prompts(kind, model_folder, uneven, tmp_path, monkeypatch):
-    """One step over all data that trains only the head: loss and gradient norm are recomputed pair by pair."""
+def test_combined_loss_options_agree_with_a_loop_over_prompts(kind, model_folder, uneven, tmp_path, monkeypatch):
+    """One step over all data trains the head alone. Loss and gradient norm are recomputed pair by pair."""
     monkeypatch.setattr("minirm.model.HEAD_SCALE", 1.0)
     model = model_folder("llama")
-    flags = [*ALL_OPTIONS, "--loss", kind, "--max_length", 40, "--freeze_ratio", 1, "--max_steps", 1]
-    flags += ["--max_grad_norm", 0, "--gradient_accumulation_steps", 99]
-    rows = trained(uneven, tmp_path / "out", model, *flags)
+    one = flags(loss=kind, max_length=40, freeze_ratio=1, max_steps=1, max_grad_norm=0, gradient_accumulation_steps=99)
+    rows = trained(uneven, tmp_path / "out", model, *ALL_OPTIONS, *one)
     (row,) = (row for row in rows if "loss" in row)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -148,7 +145,7 @@ def test_all_loss_options_together_against_a_loop_over_prompts(kind, model_folde
             at = [[side[min(t, len(side) - 1)] for t in places] for side in rewards]
             losses = [-torch.nn.functional.logsigmoid(a - b - 0.7 * margin) for a, b in zip(*at)]
             loss = sum(losses) / len(losses) + 0.1 * (rewards[0][-1] + rewards[1][-1]) ** 2
-            # Of a prompt's texts, cut or not, the end of the prompt is the same.
+            # All of a prompt's texts share the end of the prompt, even where it was truncated.
             key = tokenizer.decode(group["prefix"][-12:])
             per_prompt.setdefault(key, []).append(loss)
     assert len(per_prompt) == 21 and {len(losses) for losses in per_prompt.values()} == {1, 3}
@@ -160,14 +157,14 @@ def test_all_loss_options_together_against_a_loop_over_prompts(kind, model_folde
 
 
 def flat(value):
-    """The numbers of nested lists and dicts, and their names."""
+    """{path: number} of nested lists and dicts."""
     if isinstance(value, dict):
         return {f"{k} {name}": number for k, v in value.items() for name, number in flat(v).items()}
     return {"": value} if not isinstance(value, list) else flat(dict(enumerate(value)))
 
 
 def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, data, server, tmp_path):
-    """Compares every metric, with subsets and two files."""
+    """All metrics agree, with subsets and two files."""
     subsets = tmp_path / "other.jsonl"
     write_jsonl(subsets, [row | {"subset": name} for row, name in zip(make_comparisons(5, seed=8), "xxyyy")])
     rows = []
@@ -186,7 +183,7 @@ def test_evaluation_is_the_same_on_one_two_and_three_processes(model_folder, dat
         assert flat(row) == pytest.approx(flat(rows[0]), rel=1e-6)
 
 
-def test_data_in_which_the_longer_answer_is_always_chosen_shows_as_such(model_folder, tmp_path, capsys):
+def test_data_whose_longer_answer_always_wins_is_reported(model_folder, tmp_path, capsys):
     rows = make_comparisons(24, seed=9)
     rows = [{**row, "chosen": f"{row['chosen']} {row['rejected']} and more"} for row in rows]
     data = [write_jsonl(tmp_path / "train.jsonl", rows[:12]), write_jsonl(tmp_path / "eval.jsonl", rows[12:])]
@@ -203,22 +200,9 @@ def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
     GPT-J, 4 layers of which int(0.3 * 4) = 1 is trained, trained embeddings, AdamW, clipping at 1, four pairs per step.
     """
     model, length, steps = make_model(tmp_path / "model", "gptj"), 96, 10
-    data = [
-        write_jsonl(tmp_path / "train.jsonl", make_comparisons(40)),
-        write_jsonl(tmp_path / "eval.jsonl", make_comparisons(3)),
-    ]
-    flags = [
-        "--loss",
-        "trlx",
-        "--train_embeddings",
-        "--max_length",
-        length,
-        "--max_steps",
-        steps,
-        "--row_layout",
-        layout,
-    ]
-    got = [r["loss"] for r in trained(data, tmp_path / "out", model, *flags) if "loss" in r]
+    data = [write_jsonl(tmp_path / f"{name}.jsonl", make_comparisons(n)) for name, n in (("train", 40), ("eval", 3))]
+    published = ["--train_embeddings", *flags(loss="trlx", max_length=length, max_steps=steps, row_layout=layout)]
+    got = [r["loss"] for r in trained(data, tmp_path / "out", model, *published) if "loss" in r]
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     eos = tokenizer.eos_token_id
@@ -238,7 +222,7 @@ def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
             ids = torch.tensor([text + [eos] * (length - len(text)) for text in texts])
             mask = torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts])
             rewards = trunk(ids, attention_mask=mask).last_hidden_state @ head[0]
-            end = max(int((row == eos).nonzero()[0]) for row in ids)  # pad = EOS: the first one ends the text
+            end = max(int((row == eos).nonzero()[0]) for row in ids)  # pad = EOS: the first EOS ends the text
             start = int((ids[0] != ids[1]).nonzero()[0])
             loss = -torch.log(torch.sigmoid(rewards[0, start:end] - rewards[1, start:end])).mean()
             (loss / 4).backward()
@@ -248,7 +232,7 @@ def test_the_published_procedure_gives_the_same_ten_losses(layout, tmp_path):
         optimizer.zero_grad()
         wanted.append(sum(losses) / 4)
     assert len(got) == steps and got == pytest.approx(wanted, abs=1e-4)
-    assert max(wanted) - min(wanted) > 1e-2  # the steps differ, so equal losses mean equal steps
+    assert max(wanted) - min(wanted) > 1e-2  # the losses differ between steps, so equal losses mean equal steps
 
 
 @pytest.fixture(scope="module")
@@ -259,14 +243,12 @@ def ranked(tmp_path_factory):
     return write_jsonl(folder / "train.jsonl", rows), write_jsonl(folder / "eval.jsonl", rows[:8])
 
 
-def in_both_layouts(data, folder, model, *flags):
-    """metrics.jsonl of the same command with shared and with separate rows, weights unchanged."""
-    flags = [*flags, "--learning_rate", 0, "--max_steps", 2, "--per_device_train_batch_size", 2]
+def in_both_layouts(data, folder, model, *more):
+    """metrics.jsonl of the same command with shared and with separate rows. The weights stay as they are."""
+    more = [*more, *flags(learning_rate=0, max_steps=2, per_device_train_batch_size=2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minirm.model.HEAD_SCALE", 1.0)  # of rewards near zero an error would be as small
-        return [
-            trained(data, folder / layout, model, *flags, "--row_layout", layout) for layout in ("shared", "separate")
-        ]
+        patch.setattr("minirm.model.HEAD_SCALE", 1.0)  # errors in rewards near zero would be too small to notice
+        return [trained(data, folder / way, model, *more, "--row_layout", way) for way in ("shared", "separate")]
 
 
 def assert_same_metrics(shared, separate):
@@ -283,7 +265,7 @@ def test_shared_and_separate_rows_give_the_same_metrics_in_every_family(family, 
     config = transformers.CONFIG_MAPPING[kind](**values, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # biases and attention away from their tame initial values
+    for parameter in model.parameters():  # move biases and attention away from their initial zeros
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -304,23 +286,22 @@ def test_shared_and_separate_rows_give_the_same_metrics_for_every_loss(loss, mod
 
 
 def test_gradient_checkpointing_changes_nothing(model_folder, data, tmp_path):
-    flags = ["--max_steps", 3]
-    rows = trained(data, tmp_path / "a", model_folder("llama"), *flags)
-    again = trained(data, tmp_path / "b", model_folder("llama"), *flags, "--gradient_checkpointing")
+    rows = trained(data, tmp_path / "a", model_folder("llama"), "--max_steps", 3)
+    again = trained(data, tmp_path / "b", model_folder("llama"), "--max_steps", 3, "--gradient_checkpointing")
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in again if key in r] == pytest.approx([r[key] for r in rows if key in r], rel=1e-6)
 
 
 def test_a_row_of_8192_tokens_trains_within_4_gib(tmp_path):
-    """One prompt of 7,900 tokens with two answers, in a separate process, whose peak is the largest of all of ours."""
+    """One prompt of 7,900 tokens with two answers. It runs in a process of its own, whose peak memory is checked."""
     model = make_model(tmp_path / "model", "gptj", n_positions=8192)
     rows = make_comparisons(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     word = len(tokenizer(" answer")["input_ids"])
     rows[0]["prompt"] = " ".join(["answer"] * (7900 // word))
     data = write_jsonl(tmp_path / "train.jsonl", rows)
-    flags = ["--model", model, "--train_data", data, "--eval_data", data, "--output_dir", tmp_path / "out", *QUICK]
-    result = run_train(*flags, "--max_length", 8192, "--max_steps", 1)
+    given = [*flags(model=model, train_data=data, eval_data=data, output_dir=tmp_path / "out"), *QUICK]
+    result = run_train(*given, "--max_length", 8192, "--max_steps", 1)
     assert result.returncode == 0, result.stderr[-3000:]
     (row,) = (row for row in read_metrics(tmp_path / "out") if "loss" in row)
     assert 7900 < row["tokens"] <= 8192 and row["tokens_saved"] > 0.45
@@ -333,29 +314,17 @@ def test_a_row_of_8192_tokens_trains_within_4_gib(tmp_path):
 
 @pytest.fixture(scope="module")
 def refused(model_folder, data, tmp_path_factory):
-    """refused(flags...) -> the command's one-line answer. All calls run in one process, which saves the imports."""
+    """refused(capsys, *flags) -> the command's one-line error. Runs in this process to save the imports."""
     train = importlib.import_module("train")
 
-    def run(capsys, *flags, **changes):
+    def run(capsys, *more, **changes):
         folder = tmp_path_factory.mktemp("refused")
-        settings = {
-            "model": model_folder("gpt2"),
-            "train_data": data[0],
-            "eval_data": data[1],
-            "output_dir": folder / "out",
-        }
-        settings |= changes
-        argv = [str(x) for name, value in settings.items() for x in (f"--{name}", value)] + [
-            str(flag) for flag in flags
-        ]
-        code = train.main(argv)
+        settings = {"train_data": data[0], "eval_data": data[1], "output_dir": folder / "out", **changes}
+        code = train.main([str(x) for x in (*flags(**{"model": model_folder("gpt2")} | settings), *more)])
         out, err = capsys.readouterr()
         assert code == 2 and out == "", (code, out)
-        lines = [
-            line
-            for line in err.replace("\r", "\n").splitlines()
-            if line.strip() and "it/s" not in line and "?" not in line
-        ]
+        lines = err.replace("\r", "\n").splitlines()
+        lines = [line for line in lines if line.strip() and "it/s" not in line and "?" not in line]  # no progress bars
         assert len(lines) == 1 and lines[0].startswith("train.py: error: "), err
         assert not (folder / "out").exists() or "output_dir" in changes
         return lines[0]
@@ -404,13 +373,13 @@ def test_flags_out_of_range_are_refused(refused, capsys):
 @pytest.mark.parametrize(
     "flag, value", [("pair_weight", "prompt"), ("center_rewards_coefficient", 0.01), ("margin_scale", 0)]
 )
-def test_loss_options_do_not_go_with_the_published_loss(flag, value, refused, capsys):
+def test_loss_options_are_refused_with_the_published_loss(flag, value, refused, capsys):
     assert f"--{flag} does not go with --loss trlx" in refused(capsys, "--loss", "trlx", f"--{flag}", value)
     assert f"--{flag}" in refused(capsys, f"--{flag}", -1)
 
 
 @pytest.mark.parametrize(
-    "flags, with_margins, warning",
+    "options, with_margins, warning",
     [
         (["--loss", "trlx"], True, "--loss trlx ignores the margins in the data"),
         (["--loss", "trlx"], False, ""),
@@ -419,15 +388,15 @@ def test_loss_options_do_not_go_with_the_published_loss(flag, value, refused, ca
         (["--pair_weight", "prompt"], False, "--pair_weight has no effect: every prompt has one comparison"),
     ],
 )
-def test_what_the_data_leaves_without_effect_is_named(
-    flags, with_margins, warning, model_folder, data, uneven, tmp_path, capsys
+def test_flags_that_the_data_leaves_without_effect_are_named(
+    options, with_margins, warning, model_folder, data, uneven, tmp_path, capsys
 ):
-    trained(uneven if with_margins else data, tmp_path / "out", model_folder("gpt2"), *flags, "--max_steps", 0)
+    trained(uneven if with_margins else data, tmp_path / "out", model_folder("gpt2"), *options, "--max_steps", 0)
     shown = [line.partition("warning: ")[2] for line in capsys.readouterr().out.splitlines() if "warning: " in line]
     assert shown == ([warning] if warning else [])
 
 
-def test_a_flag_without_effect_is_named_and_no_other(capsys):
+def test_only_the_flag_without_effect_is_named(capsys):
     train = importlib.import_module("train")
     for epochs in (["--num_train_epochs", "3"], ["--num_train_epochs=3"]):
         train.parse_args(["--model", "x", "--max_steps", "5", *epochs, "--warmup_steps", "3"])
@@ -440,61 +409,29 @@ def test_another_runs_folder_is_left_alone(refused, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_any_number_of_tokens_at_once_gives_the_same_steps_and_evaluations(data, model_folder, tmp_path, server):
-    """By count, one prompt at a time, several, a whole step; two and three processes; resumed with another budget."""
+def test_micro_batch_tokens_changes_no_step_and_no_evaluation(data, model_folder, tmp_path, server):
+    """Micro-steps of one prompt, several, a whole step; two and three processes; resumed with another budget."""
 
-    def run(name, *flags, world=1, steps=4):
-        given = [
-            "--model",
-            model_folder("gptj"),
-            "--train_data",
-            data[0],
-            "--eval_data",
-            data[1],
-            "--output_dir",
-            tmp_path / name,
-            "--max_steps",
-            steps,
-            "--max_length",
-            96,
-        ]
-        given += [
-            "--learning_rate",
-            1e-3,
-            "--warmup_steps",
-            0,
-            "--logging_steps",
-            1,
-            "--save_steps",
-            2,
-            "--keep",
-            "last",
-        ]
-        given += ["--gradient_accumulation_steps", 12 // world, *flags]
-        done = server.run(*given, world=world)
+    def run(name, *more, world=1, steps=4):
+        given = flags(model=model_folder("gptj"), train_data=data[0], eval_data=data[1], output_dir=tmp_path / name)
+        given += [*QUICK, *flags(max_steps=steps, max_length=96, save_steps=2, keep="last")]
+        done = server.run(*given, "--gradient_accumulation_steps", 12 // world, *more, world=world)
         assert done.codes == [0] * world, done.text()[-2000:]
-        rows = read_metrics(tmp_path / name)
-        return [
-            v for row in rows for v in (row.get("loss"), row.get("grad_norm"), row.get("eval_loss")) if v is not None
-        ]
+        keys, rows = ("loss", "grad_norm", "eval_loss"), read_metrics(tmp_path / name)
+        return [row[key] for row in rows for key in keys if row.get(key) is not None]
 
     wanted = run("count")
     assert len(wanted) >= 10
-    for name, tokens, world in (
-        ("one", 1, 1),
-        ("some", 150, 1),
-        ("all", 100_000, 1),
-        ("two", 150, 2),
-        ("three", 300, 3),
-    ):
+    runs = ("one", 1, 1), ("some", 150, 1), ("all", 100_000, 1), ("two", 150, 2), ("three", 300, 3)
+    for name, tokens, world in runs:
         assert run(name, "--micro_batch_tokens", tokens, world=world) == pytest.approx(wanted, abs=1e-5), name
     run("resumed", "--micro_batch_tokens", 150, steps=2)
     resumed = run("resumed", "--micro_batch_tokens", 400)
     assert resumed[-3:] == pytest.approx(wanted[-3:], abs=1e-5)
 
 
-def test_compile_compiles_every_block_once(data, model_folder, tmp_path, server):
-    """Compilation is torch's own; a function replaces it here, and the results equal those without it."""
+def test_compile_compiles_each_block_once(data, model_folder, tmp_path, server):
+    """Compiling is torch's business, so a function that only records its calls replaces it."""
     patch = """
 import torch
 compiled = []
@@ -505,19 +442,6 @@ def shown(*arguments):
     print("compiled:", compiled, flush=True)
 train.train = shown
 """
-    flags = [
-        "--model",
-        model_folder("gptj"),
-        "--train_data",
-        data[0],
-        "--eval_data",
-        data[1],
-        "--max_steps",
-        1,
-        "--max_length",
-        96,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    run = server.run(*flags, "--compile", patch=patch)
+    given = flags(model=model_folder("gptj"), train_data=data[0], eval_data=data[1], output_dir=tmp_path / "out")
+    run = server.run(*given, *flags(max_steps=1, max_length=96), "--compile", patch=patch)
     assert run.codes == [0] and f"compiled: {[('GPTJBlock', {'dynamic': True})] * 4}" in run.text(), run.text()[-2000:]

@@ -1,7 +1,7 @@
-"""The cache of frozen layers: cached and uncached runs are bitwise equal, and nothing stale or damaged is ever read.
+"""--cache_trunk: cached and uncached runs are bitwise equal, and nothing stale or damaged is ever read.
 
 Run: pytest tests/test_trunk_cache.py. Needs no network and no GPU; one and two gloo processes on the CPU.
-Runs have one prompt per micro-step unless stated otherwise, because rounding depends on the shape of the rows.
+Most runs have one prompt per micro-step, because rounding depends on the shape of the rows.
 """
 
 import errno
@@ -39,14 +39,14 @@ FLAGS = ["--max_length", 200, "--warmup_steps", 0, "--learning_rate", 1e-3, "--l
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """12 prompts with 23 comparisons for training, 5 with 9 for evaluation: 3 steps of 4 prompts an epoch, 6 in all."""
+    """23 comparisons of 12 prompts for training, 9 of 5 prompts for evaluation: two epochs of 3 steps of 4 prompts."""
     folder = tmp_path_factory.mktemp("data")
     train = write_jsonl(folder / "train.jsonl", make_comparisons(23, per_prompt=2))
     return train, write_jsonl(folder / "eval.jsonl", make_comparisons(9, seed=3, per_prompt=2))
 
 
 def outcome(output: Path) -> tuple[list, dict]:
-    """All numbers of a run that do not depend on time, and its final weights."""
+    """(metrics that do not depend on time, final weights) of a run."""
     keys = ("step", "loss", "grad_norm", "accuracy", "eval_loss", "eval_reward_margin", "tokens")
     return [[row.get(key) for key in keys] for row in read_metrics(output)], load_file(output / "model.safetensors")
 
@@ -60,7 +60,7 @@ def assert_equal(got: tuple, wanted: tuple) -> None:
 
 @pytest.fixture
 def trained(data, tmp_path):
-    """trained(model, flags...) -> outcome of the command, run in this process."""
+    """trained(model, *flags) -> outcome of the command, run in this process."""
     count = 0
 
     def run(model, *flags) -> tuple[list, dict]:
@@ -84,12 +84,12 @@ def files(cache: Path) -> dict[str, tuple]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Equal to the bit
+# Bitwise equality
 
 
 @pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "opt", "gpt_neox", *MORE])
-def test_cached_and_uncached_runs_are_equal_to_the_bit(family, trained, tmp_path, monkeypatch):
-    """The first cached run computes each of the 17 prompts once; the second runs no frozen layer at all."""
+def test_cached_and_uncached_runs_are_bitwise_equal(family, trained, tmp_path, monkeypatch):
+    """The first cached run computes each of the 17 prompts once. The second one runs no frozen layer."""
     if family in MORE:
         monkeypatch.setitem(CONFIGS, family, MORE[family])
     model, cache = make_model(tmp_path / "model", family), tmp_path / "cache"
@@ -98,7 +98,7 @@ def test_cached_and_uncached_runs_are_equal_to_the_bit(family, trained, tmp_path
 
     def counted(self, forward, last, *args, **kwargs):
         output = through(self, forward, last, *args, **kwargs)
-        if self.folder:  # not the probe's
+        if self.folder:  # skip the probe's calls
             waiting[:] = self.waiting
             computed.extend([1] if last and self.kept is None else [])
         return output
@@ -108,51 +108,45 @@ def test_cached_and_uncached_runs_are_equal_to_the_bit(family, trained, tmp_path
     assert len(computed) == len(files(cache)) == 17 and not waiting
     assert_equal(trained(model, "--cache_trunk", cache), wanted)
     assert len(computed) == 17
-    assert len(waiting) == 3  # the frozen layers never came to the device
+    assert len(waiting) == 3  # the frozen layers were never moved to the device
 
 
 @pytest.mark.parametrize(
     "flags",
     ["--row_layout separate", "--loss trlx", "--loss trlx --row_layout separate", "--freeze_ratio 1", "--gradient_checkpointing"],
 )  # fmt: skip
-def test_so_they_are_with_other_flags(flags, trained, model_folder, tmp_path):
+def test_cached_and_uncached_runs_with_other_flags_are_bitwise_equal(flags, trained, model_folder, tmp_path):
     wanted = trained(model_folder("gptj"), *flags.split())
     for _ in range(2):
         assert_equal(trained(model_folder("gptj"), *flags.split(), "--cache_trunk", tmp_path / "cache"), wanted)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_in_half_precision_losses_agree_to_a_hundredth(precision, trained, model_folder, tmp_path):
-    flags = ["--precision", precision]
-    wanted = trained(model_folder("gptj"), *flags)
+@pytest.mark.parametrize(
+    "family, flags, tolerance",
+    [
+        ("gptj", "--precision fp16", 1e-2),
+        ("gptj", "--precision bf16", 1e-2),
+        ("llama", "--per_device_train_batch_size 3 --gradient_accumulation_steps 1", 1e-5),
+    ],
+)
+def test_in_half_precision_and_with_several_prompts_losses_agree_to_rounding(
+    family, flags, tolerance, trained, model_folder, tmp_path
+):
+    wanted = trained(model_folder(family), *flags.split())
     for _ in range(2):
-        got = trained(model_folder("gptj"), *flags, "--cache_trunk", tmp_path / "cache")
+        got = trained(model_folder(family), *flags.split(), "--cache_trunk", tmp_path / "cache")
         losses = [[row[1] or row[4] for row in rows] for rows, _ in (got, wanted)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-
-
-def test_with_several_prompts_a_micro_step_they_agree_to_rounding(trained, model_folder, tmp_path):
-    flags = ["--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 1]
-    wanted = trained(model_folder("llama"), *flags)
-    for _ in range(2):
-        got = trained(model_folder("llama"), *flags, "--cache_trunk", tmp_path / "cache")
-        losses = [[row[1] or row[4] for row in rows] for rows, _ in (got, wanted)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
 @pytest.mark.parametrize("frozen", ["whole", "sharded"])
-def test_two_processes_share_a_cache_and_keep_step_where_one_finds_less_than_the_other(
-    frozen, server, model_folder, data, tmp_path
-):
-    """All ranks gather sharded frozen blocks in every forward pass, skipped or not, so that none hangs."""
-    patch = (
-        "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0.0)"
-        if frozen == "sharded"
-        else ""
-    )
+def test_two_processes_share_a_cache_although_one_finds_less_in_it(frozen, server, model_folder, data, tmp_path):
+    """Ranks gather sharded frozen blocks in every forward pass, whether they skip the blocks or not. Otherwise they hang."""
+    sharded = "import functools; train.shard.shard = functools.partial(train.shard.shard, frozen_share=0.0)"
+    patch = sharded if frozen == "sharded" else ""
     results, cache = [], tmp_path / "cache"
     for turn in range(3):
-        if turn == 2:  # every third file is lost, so that in many steps only one of the two can skip
+        if turn == 2:  # a third of the files is lost, so in many steps only one rank can skip
             for path in sorted(cache.glob("*/*/*.safetensors"))[::3]:
                 path.unlink()
         flags = argv(model_folder("llama"), data, tmp_path / f"out-{turn}", *(["--cache_trunk", cache] if turn else []))
@@ -163,7 +157,7 @@ def test_two_processes_share_a_cache_and_keep_step_where_one_finds_less_than_the
         assert_equal(got, results[0])
 
 
-def test_a_run_that_goes_on_reads_what_it_had_kept(trained, model_folder, data, tmp_path):
+def test_a_resumed_run_reads_its_cache(trained, model_folder, data, tmp_path):
     train, output = importlib.import_module("train"), tmp_path / "out"
     wanted = trained(model_folder("gpt2"))
     flags = argv(model_folder("gpt2"), data, output, "--save_steps", 2, "--cache_trunk", tmp_path / "cache")
@@ -177,11 +171,11 @@ def test_a_run_that_goes_on_reads_what_it_had_kept(trained, model_folder, data, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing torn, nothing stale
+# Damaged and stale files
 
 
-def test_a_run_killed_while_it_writes_is_taken_up_again(server, model_folder, data, tmp_path):
-    """kill -9 with half of the eighth file on disk: the first seven are reused, and the result is the same."""
+def test_a_run_killed_while_writing_its_cache_resumes(server, model_folder, data, tmp_path):
+    """SIGKILL with half of the eighth file on disk: the first seven are reused, and the result is the same."""
     patch = """
 import os, signal
 replace, written = os.replace, []
@@ -206,8 +200,8 @@ os.replace = dies
     assert_equal(outcome(tmp_path / "out"), outcome(tmp_path / "plain"))
 
 
-def test_a_file_that_is_not_as_it_was_written_is_computed_again(trained, model_folder, tmp_path):
-    """Damage as after a power failure: one file truncated, one empty, one with zeros inside, one with other bytes."""
+def test_damaged_files_are_computed_again(trained, model_folder, tmp_path):
+    """As after a power failure, one file is truncated, one is empty, one ends in zeros, and one has another bit."""
     cache = tmp_path / "cache"
     wanted = trained(model_folder("llama"), "--cache_trunk", cache)
     paths = sorted(cache.glob("*/*/*.safetensors"))
@@ -220,7 +214,7 @@ def test_a_file_that_is_not_as_it_was_written_is_computed_again(trained, model_f
     assert [path.read_bytes() for path in paths] == whole
 
 
-def test_two_runs_at_once_share_a_folder(server, model_folder, data, tmp_path):
+def test_two_concurrent_runs_share_a_cache(server, model_folder, data, tmp_path):
     runs = [
         server.start(*argv(model_folder("gpt2"), data, tmp_path / f"out-{i}", "--cache_trunk", tmp_path / "cache"))
         for i in range(2)
@@ -236,8 +230,8 @@ def changed_weight(folder: Path, name: str) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_what_was_kept_for_something_else_is_not_read(trained, tmp_path):
-    """Each change gives a new key and the result of an uncached run with the same change."""
+def test_entries_of_other_models_data_and_flags_are_not_read(trained, tmp_path):
+    """Each change gives a new key, and the result of an uncached run with the same change."""
     model, cache = make_model(tmp_path / "model", "llama"), tmp_path / "cache"
     trained(model, "--cache_trunk", cache)
 
@@ -268,7 +262,7 @@ def test_what_was_kept_for_something_else_is_not_read(trained, tmp_path):
             assert_equal(got, wanted)
 
 
-def test_a_retrained_model_with_the_same_frozen_layers_finds_the_same_cache(trained, tmp_path):
+def test_a_retrained_model_with_the_same_frozen_layers_uses_the_same_cache(trained, tmp_path):
     model, cache = make_model(tmp_path / "model", "llama"), tmp_path / "cache"
     trained(model, "--cache_trunk", cache)
     before = files(cache)
@@ -278,21 +272,21 @@ def test_a_retrained_model_with_the_same_frozen_layers_finds_the_same_cache(trai
     assert files(cache) == before
 
 
-def test_groups_that_differ_in_anything_have_different_names():
+def test_different_groups_have_different_names():
     def names(*groups, **options):
         options = {"row_layout": "shared", "pad_id": 0, "row_limit": 99, **options}
         return group_names(collate([{"prefix": p, "completions": c} for p, c in groups], **options))
 
     group, longer = ([1, 2], [[3, 4], [5]]), ([7], [[8, 9, 10, 11, 12]])
-    assert names(group, longer) == names(group) + names(longer)  # neither padding nor neighbours count
+    assert names(group, longer) == names(group) + names(longer)  # padding and neighbours do not matter
     others = [
         names(([1, 2], [[3, 4], [6]])),
-        names(([1, 2], [[3], [4, 5]])),  # the same ids, cut elsewhere
+        names(([1, 2], [[3], [4, 5]])),  # the same ids, split elsewhere
         names(([1], [[2, 3, 4], [5]])),
-        names(group, row_layout="separate"),  # the prefix twice
+        names(group, row_layout="separate"),  # repeats the prefix
     ]
     assert len({*map(tuple, others), tuple(names(group))}) == 5
-    assert names(group, row_limit=4) == others[-1]  # too long for one row: the same two rows
+    assert names(group, row_limit=4) == others[-1]  # too long for one row, so again two rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +301,7 @@ def refusal(capsys, *flags) -> str:
     return lines[0]
 
 
-def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tmp_path, capsys, monkeypatch):
+def test_runs_that_cannot_be_cached_are_refused_with_the_reason(model_folder, data, tmp_path, capsys, monkeypatch):
     flags = argv(model_folder("llama"), data, tmp_path / "out", "--cache_trunk", tmp_path / "cache")
     assert "freezes no layer" in refusal(capsys, *flags, "--freeze_ratio", 0)
     assert "--train_embeddings" in refusal(capsys, *flags, "--train_embeddings")
@@ -317,8 +311,8 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(model_folder, data, tm
     assert "0.0 MB are free; choose another folder" in refusal(capsys, *flags)
 
 
-def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
-    """One model's last block adds the first block's attention output; another trains a layer below the first block."""
+def test_layers_that_pass_on_more_than_hidden_states_are_refused(monkeypatch):
+    """One model's last block adds the first block's attention output. Another model trains a layer below the first block."""
     config, args = CONFIGS["llama"](99), Namespace(train_embeddings=False, max_length=100)
     frozen, small, kept = Frozen([0, 1, 2], [], 4), probe.small_model, {}
 
@@ -344,9 +338,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
         probe_trunk_cache(args, config, frozen)
 
 
-def test_a_disk_that_runs_full_turns_writing_off_and_the_run_goes_on(
-    trained, model_folder, tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_stops_the_writing_but_not_the_run(trained, model_folder, tmp_path, monkeypatch, capsys):
     wanted, cache, written = trained(model_folder("llama")), tmp_path / "cache", []
     write_bytes = Path.write_bytes
 

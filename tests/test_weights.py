@@ -18,7 +18,7 @@ from minirm.weights import choose_precision, export, load_weights, stored_dtype,
 
 
 def changed(model_folder, family, folder, change, **values):
-    """Copy a model folder and apply change(tensors) to its stored tensors -> the copy's name and config."""
+    """(name, config) of a copy of a model folder with change(tensors) applied to its stored tensors."""
     shutil.copytree(model_folder(family, **values), folder)
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
@@ -41,8 +41,8 @@ def test_missing_and_misplaced_weights_are_refused_by_name(model_folder, tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_heads_and_the_buffers_of_old_checkpoints_are_left_aside(prefix, model_folder, tmp_path):
-    """The names in EleutherAI/gpt-j-6b's file, and those of a value head, with and without the trunk's prefix."""
+def test_heads_and_buffers_of_old_checkpoints_are_ignored(prefix, model_folder, tmp_path):
+    """The names are those of EleutherAI/gpt-j-6b's file and of a value head, with and without the trunk's prefix."""
 
     def old(weights):
         weights = {key.replace("transformer.", prefix): value for key, value in weights.items()}
@@ -59,8 +59,8 @@ def test_heads_and_the_buffers_of_old_checkpoints_are_left_aside(prefix, model_f
 
 
 @pytest.mark.parametrize("way", ["sharded", "bin", "sharded bin", "half"])
-def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tmp_path):
-    """Rows read alone equal those of the full tensor; .bin files can only be read in full, and never run code."""
+def test_every_checkpoint_format_gives_the_same_weights(way, model_folder, tmp_path):
+    """Single rows equal those of the full tensor. .bin files can only be read in full."""
     name, (folder, half) = tmp_path / "x", (model_folder("opt"), way == "half")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16 if half else torch.float32)
     shutil.copytree(folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -87,7 +87,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_weights(way, model_folder, tm
 
 
 class Code:
-    """A pickle may contain a call, which is made on loading."""
+    """A pickle may contain a call, which is executed on loading."""
 
     def __reduce__(self):
         return RAN.append, (1,)
@@ -97,11 +97,9 @@ RAN: list[int] = []
 
 
 @pytest.mark.parametrize("kind", ["code", "namespace", "pointer", "script"])
-def test_a_bin_of_more_than_tensors_is_refused_with_a_command_that_converts_it(
-    kind, model_folder, tmp_path, monkeypatch
-):
-    """A call, a training script's arguments, a git-lfs pointer, TorchScript: each time torch's own message advises
-    loading with weights_only=False."""
+def test_a_bin_file_with_more_than_tensors_is_refused_with_a_fix(kind, model_folder, tmp_path, monkeypatch):
+    """The .bin holds a call, a training script's arguments, a git-lfs pointer or TorchScript. In each case torch's own
+    message advises loading with weights_only=False."""
     folder = tmp_path / "x"
     shutil.copytree(model_folder("gpt2"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     weights, path = load_file(model_folder("gpt2") / "model.safetensors"), folder / "pytorch_model.bin"
@@ -116,12 +114,12 @@ def test_a_bin_of_more_than_tensors_is_refused_with_a_command_that_converts_it(
     assert message.startswith(f"--model {folder}: its .bin weights contain more than tensors") and not RAN
     if kind == "namespace":
         monkeypatch.chdir(folder)
-        exec(re.search('python -c "(.*)"$', message)[1], {})  # noqa: S102, as the person would type it
+        exec(re.search('python -c "(.*)"$', message)[1], {})  # noqa: S102 - as the user would type it
         expected = load_weights(str(model_folder("gpt2")), config, 0)
         assert all(torch.equal(value, expected[key]) for key, value in load_weights(str(folder), config, 0).items())
 
 
-def test_tied_embeddings_that_are_stored_as_the_output_layer_are_found(model_folder, tmp_path):
+def test_tied_embeddings_stored_as_the_output_layer_are_found(model_folder, tmp_path):
     def as_output(weights):
         return {"lm_head.weight" if key == "transformer.wte.weight" else key: value for key, value in weights.items()}
 
@@ -131,8 +129,8 @@ def test_tied_embeddings_that_are_stored_as_the_output_layer_are_found(model_fol
     assert all(torch.equal(value, expected[key]) for key, value in load_weights(name, config, 0).items())
 
 
-def test_experts_that_transformers_fuses_are_left_to_it(tmp_path):
-    """Mixtral stores experts' matrices one by one and computes with all of them in one tensor."""
+def test_experts_that_transformers_fuses_are_loaded_by_it(tmp_path):
+    """Mixtral stores the experts' matrices one by one and computes with one tensor of them all."""
     folder, tokenizer = tmp_path / "mixtral", make_tokenizer()
     tokenizer.save_pretrained(folder)
     values = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -148,7 +146,7 @@ def test_experts_that_transformers_fuses_are_left_to_it(tmp_path):
         assert torch.equal(weights[f"trunk.{key}"][: len(value)], value), key
 
 
-def test_a_folder_without_weights_or_with_half_of_them_is_refused(model_folder, tmp_path):
+def test_missing_and_truncated_weights_are_refused(model_folder, tmp_path):
     shutil.copytree(model_folder("gpt2"), tmp_path / "x")
     config, _ = load_config(str(tmp_path / "x"))
     path = tmp_path / "x" / "model.safetensors"
@@ -160,7 +158,7 @@ def test_a_folder_without_weights_or_with_half_of_them_is_refused(model_folder, 
         load_weights(str(tmp_path / "x"), config, 0)
 
 
-def test_weights_of_another_shape_than_the_config_says_are_refused(model_folder, tmp_path):
+def test_weights_whose_shape_contradicts_the_config_are_refused(model_folder, tmp_path):
     shutil.copytree(model_folder("gpt2"), tmp_path / "x")
     path = tmp_path / "x" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": 77}))
@@ -170,8 +168,8 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(model_folder,
 
 
 @pytest.mark.parametrize("dtype, name", [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
-def test_precision_auto_is_bf16_for_weights_stored_so_where_the_gpu_computes_it(dtype, name, model_folder, tmp_path):
-    """The device is faked: its kind and whether it computes in bf16 are arguments."""
+def test_precision_auto_is_bf16_for_bf16_weights_on_gpus_that_support_it(dtype, name, model_folder, tmp_path):
+    """No GPU is needed: the kind of device and whether it computes in bf16 are arguments."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama")).to(dtype)
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -181,9 +179,8 @@ def test_precision_auto_is_bf16_for_weights_stored_so_where_the_gpu_computes_it(
         assert choose_precision(folder, "cuda", False)[0] == "fp16"
         assert choose_precision(folder, "cpu", True) == ("fp32", "because there is no GPU")
     (tmp_path / "one" / "model.safetensors").unlink()
-    assert choose_precision(str(tmp_path / "one"), "cuda", True)[0] == (
-        "bf16" if name == "BF16" else "fp16"
-    )  # by config.json
+    by_config = choose_precision(str(tmp_path / "one"), "cuda", True)[0]
+    assert by_config == ("bf16" if name == "BF16" else "fp16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +188,8 @@ def test_precision_auto_is_bf16_for_weights_stored_so_where_the_gpu_computes_it(
 
 
 @pytest.mark.parametrize("eos", [7, [7, 8]])
-def test_the_pad_token_is_not_eos_where_the_config_names_another_eos_than_the_tokenizer(tmp_path, eos):
-    """In instruction-tuned models the tokenizer's EOS ends a turn; the config has the base model's EOS, or both."""
+def test_the_exported_pad_token_differs_from_every_eos(tmp_path, eos):
+    """In instruction-tuned models the tokenizer's EOS ends a turn; the config names the base model's EOS, or both."""
     tokenizer = make_tokenizer(pad="<pad>")
     eos = [tokenizer.pad_token_id if i == 7 else i for i in eos] if isinstance(eos, list) else tokenizer.pad_token_id
     make_model(tmp_path / "in", "qwen2", eos_token_id=eos)
@@ -217,7 +214,7 @@ def test_the_chat_template_is_exported(model_folder, tmp_path):
     assert text == "it<|endoftext|>"  # as it is scored
 
 
-def test_more_entries_of_the_configuration_are_read_back_as_they_were(model_folder, tmp_path):
+def test_additional_config_entries_are_read_back_unchanged(model_folder, tmp_path):
     model, config, tokenizer = load(model_folder("llama"))
     notes = {"mean": -0.25, "std": 1.5, "minirm": {"separator": "\n\tß", "max_length": 99}}
     export(state(model), config, tokenizer, tmp_path, notes)
@@ -227,7 +224,7 @@ def test_more_entries_of_the_configuration_are_read_back_as_they_were(model_fold
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_path, dtype):
+def test_a_half_precision_export_is_stored_and_loaded_in_half_precision(model_folder, tmp_path, dtype):
     model, config, tokenizer = load(model_folder("gptj"))
     half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state(model).items()}
     export(half, config, tokenizer, tmp_path)
@@ -236,7 +233,7 @@ def test_a_half_precision_export_is_stored_and_loaded_as_such(model_folder, tmp_
     assert other.dtype == dtype
 
 
-def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
+def test_exporting_incomplete_weights_is_an_error(model_folder, tmp_path):
     model, config, tokenizer = load(model_folder("gpt2"))
     weights = state(model)
     del weights["trunk.ln_f.weight"]
@@ -244,7 +241,7 @@ def test_export_of_other_weights_is_an_error(model_folder, tmp_path):
         export(weights, config, tokenizer, tmp_path)
 
 
-def test_opt_350m_whose_last_hidden_states_are_narrower_can_be_trained_and_exported(tmp_path):
+def test_opt_350m_with_its_narrower_final_states_can_be_exported(tmp_path):
     changes = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
     model, config, tokenizer = load(make_model(tmp_path / "in", "opt", **changes))
     assert model.score.weight.shape == (1, 16)

@@ -24,7 +24,7 @@ def slower_at_first(i: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_results_come_in_order_from_so_many_processes(processes):
+def test_results_arrive_in_order_from_any_number_of_processes(processes):
     results, pids = zip(*on_all_cores(slower_at_first, TASKS, processes))
     assert list(results) == [i * i for i in range(40)]
     assert (set(pids) == {os.getpid()}) == (processes == 1) and len(set(pids)) == processes
@@ -38,7 +38,7 @@ def fails_at_7(i: int) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_the_first_task_that_fails_is_the_one_that_is_named(processes):
+def test_the_first_failing_task_is_the_one_that_is_named(processes):
     results = on_all_cores(fails_at_7, TASKS, processes)
     assert [next(results) for _ in range(7)] == list(range(7))
     with pytest.raises(InputError, match="^task 7$"):
@@ -50,12 +50,12 @@ def killed_at_7(i: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_ends_all_of_it():
+def test_a_killed_process_ends_the_whole_computation():
     with pytest.raises(Stop, match="was killed"):
         list(on_all_cores(killed_at_7, TASKS, 2))
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+def test_processes_end_with_their_parent(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
@@ -80,7 +80,7 @@ list(on_all_cores(held, [(i,) for i in range(4)], 2))
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    """prepared(cores) -> the bytes of all files made from 100 prompts, and the report."""
+    """prepared(cores) -> (the bytes of all files made from 100 prompts, the report)."""
     rows = make_comparisons(100, per_prompt=2)
     rows[30] |= {"chosen": "long " * 150}
     data, tokenizer = [str(write_jsonl(tmp_path / "data.jsonl", rows))], make_tokenizer()

@@ -1,18 +1,18 @@
-"""The trained model under TRL's trainers: do they compute the rewards that minirm's own trainer computed?
+"""Do TRL's trainers compute the same rewards with a trained model as minirm's trainer?
 
     pip install -e ".[bench]"
     python tests/bench/consumers.py [--families llama gpt2 ...]
 
-Tiny models of ten families are trained for three steps by the real command, on strings and on messages. What it computed
-for the held-out answers in its last evaluation is compared with
+train.py trains tiny models of ten families for three steps, on strings and on messages. The rewards of the held-out
+answers in its last evaluation are compared with
 
     function    RLOOTrainer(reward_funcs=the function of the model card), strings
     folder      RLOOTrainer(reward_funcs=folder), messages
-    a step      a whole training step of the latter: what the policy wrote, against one text at a time without padding
+    a step      a whole training step of the latter: the policy's answers against one text at a time without padding
     training    RewardTrainer(model=folder), an evaluation on strings and on messages
-    misread     RLOOTrainer(reward_funcs=folder), strings, which TRL gives the model without EOS: why the card has a function
+    misread     RLOOTrainer(reward_funcs=folder), strings: TRL adds no EOS, which is why the card has a function
 
-Shown are the largest differences; all but the last have to be below 1e-4, or the exit code is 1.
+Prints the largest differences. The exit code is 1 unless all but the last are below 1e-4.
 """
 
 import argparse
@@ -46,11 +46,9 @@ def messages(row: dict) -> dict:
 
 
 def train(server: Server, model: Path, folder: Path, rows: list[dict], *flags) -> Rewards:
-    """Runs the real command and returns what it computed for the held-out answers in its last evaluation."""
-    data = [
-        write_jsonl(folder.with_suffix(f".{part}.jsonl"), part_rows)
-        for part, part_rows in (("t", rows[8:]), ("e", rows[:8]))
-    ]
+    """Run the real command and return the rewards of the held-out answers in its last evaluation."""
+    parts = (("t", rows[8:]), ("e", rows[:8]))
+    data = [write_jsonl(folder.with_suffix(f".{part}.jsonl"), part_rows) for part, part_rows in parts]
     noted = folder.with_suffix(".json")
     run = server.run(
         *("--model", model, "--output_dir", folder, "--train_data", data[0], "--eval_data", data[1], "--max_steps", 3),
@@ -63,7 +61,7 @@ def train(server: Server, model: Path, folder: Path, rows: list[dict], *flags) -
 
 
 def watch(model: torch.nn.Module) -> list[tuple[tuple[int, ...], float]]:
-    """(ids without padding, reward) of every text that the model is given from now on."""
+    """A list that collects (ids without padding, reward) of every text that the model gets from now on."""
     seen = []
 
     def note(module, args, inputs, output):
@@ -86,7 +84,7 @@ def rloo(policy: Path, reward, prompts: list, work: Path) -> RLOOTrainer:
 
 
 def rewards_by_rloo(trainer: RLOOTrainer, prompts: list, answers: list) -> list[float]:
-    """What its training step calls between generation and the policy's update."""
+    """The call that its training step makes between generation and the update of the policy."""
     rewards = trainer._calculate_rewards([{}] * len(prompts), prompts, answers, [[0]] * len(prompts))
     return rewards[:, 0].tolist()
 
@@ -106,7 +104,7 @@ def by_reward_trainer(folder: Path, rows: list[dict], work: Path) -> list[tuple[
 def compare(family: str, server: Server, work: Path) -> dict[str, float]:
     policy = make_model(work / "policy", family)
     (work / "chat.jinja").write_text(TEMPLATE)
-    rows = [{**row, "prompt": row["prompt"] + "\n"} for row in make_comparisons(20, seed=1)]  # the separator, for TRL
+    rows = [{**row, "prompt": row["prompt"] + "\n"} for row in make_comparisons(20, seed=1)]  # TRL adds no separator
     chats = [messages(row) for row in rows]
     strings, chat = work / "strings", work / "chat"
     of_strings = train(server, policy, strings, rows)
@@ -122,7 +120,7 @@ def compare(family: str, server: Server, work: Path) -> dict[str, float]:
     prompts, answers = map(list, zip(*pairs))
     ids = [tuple(tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]) for prompt, answer in pairs]
     (code,) = re.findall(r"```python\n(.*?)```", (strings / "README.md").read_text(), re.DOTALL)
-    exec(code.replace(" + '\\n' + c", " + c"), card := {"folder": strings})  # noqa: S102 - of our own making
+    exec(code.replace(" + '\\n' + c", " + c"), card := {"folder": strings})  # noqa: S102 - minirm wrote it
     trainer = rloo(policy, card["reward"], prompts, work / "rloo")
     found["function"] = difference(list(zip(ids, rewards_by_rloo(trainer, prompts, answers))), of_strings)
     trainer = rloo(policy, str(strings), prompts, work / "rloo")
@@ -163,7 +161,7 @@ def main() -> int:
         server = Server(Path(folder))
         for family in args.families:
             (work := Path(folder) / family).mkdir()
-            with contextlib.redirect_stdout(io.StringIO()):  # of TRL's logs
+            with contextlib.redirect_stdout(io.StringIO()):  # hide TRL's logs
                 found = compare(family, server, work)
             print(f"{family:<10}" + "".join(f"{found[column]:>12.1e}" for column in columns), flush=True)
             worst = max(worst, *(found[column] for column in columns[:-1]))

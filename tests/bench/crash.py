@@ -1,10 +1,10 @@
-"""Kills a training run again and again, and compares what it comes to with a run that nobody killed.
+"""Kill a training run again and again, and compare its result with that of an undisturbed run.
 
     python tests/bench/crash.py --kills 100 --precision fp32
 
-Two processes, a tiny GPT-J. Killed with SIGKILL are both at once, or one of them, in a phase chosen beforehand: while
-starting, training, saving (the first save included) and writing the trained model; then the same command is started
-again. At the end the last checkpoint, the trained model and every row of metrics.jsonl have to be equal to the bit.
+Two processes train a tiny GPT-J. SIGKILL hits both or one of them in a random phase: starting, training, saving (also the
+first save) or writing the trained model. Then the same command is started again. In the end the last checkpoint, the
+trained model and every row of metrics.jsonl have to be bitwise equal.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from conftest import make_comparisons, make_model, write_jsonl
 from processes import Run, Server
 
 SPEEDS = ("pairs_per_second", "tokens_per_second")
-PHASES = {"starting": 1, "training": 3, "saving": 5, "writing the model": 1}  # and their weights
+PHASES = {"starting": 1, "training": 3, "saving": 5, "writing the model": 1}  # {phase: weight}
 
 
 def rows(output: Path) -> list[dict]:
-    """metrics.jsonl without what may differ; half a line, as a killed run leaves it, is no row."""
+    """metrics.jsonl without speeds and without the torn line that a killed run may leave."""
     found = []
     for line in (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []:
         try:
@@ -45,9 +45,9 @@ def newest(output: Path) -> int:
 
 
 def weights(output: Path) -> dict[str, bytes]:
-    """All parameters and optimizer state, of the trained model and the last checkpoint, as bytes.
+    """{name: bytes} of all tensors of the trained model and the last checkpoint.
 
-    Not the files' bytes: safetensors writes its header's entries in any order.
+    The files themselves may differ, because safetensors writes the entries of its header in any order.
     """
     found = {}
     for path in output.rglob("*.safetensors"):
@@ -57,7 +57,7 @@ def weights(output: Path) -> dict[str, bytes]:
 
 
 def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, steps: int, save_steps: int = 3) -> dict:
-    """Returns {"kills": {phase: n}, ..., "differences": [what differs]}."""
+    """-> {"kills": {phase: count}, ..., "differences": [what differs]}."""
     rng = random.Random(seed)
     flags = [
         *("--model", make_model(folder / "model", "gptj"), "--freeze_ratio", "0.5", "--precision", precision),
@@ -71,7 +71,7 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
     assert run.codes == [0, 0], run.text()
     done, again, differences, rounds = collections.Counter(), 0, [], 1
     while done.total() < kills:
-        # The first save of the first round is always among the kills, and the writing of the model in every round.
+        # Always kill the first save of the first round, and the writing of the model in every round.
         phase = rng.choices(list(PHASES), list(PHASES.values()))[0] if done else "saving"
         if newest(output) >= steps - save_steps:
             phase = "writing the model"
@@ -86,7 +86,7 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
             else:
                 done["writing the model" if newest(output) == steps else "training, evaluating"] += 1
             again += max((row["step"] for row in rows(output) if "loss" in row), default=0) - newest(output)
-        elif codes == [0, 0]:  # it was quicker than the kill: the next ones are for a new round
+        elif codes == [0, 0]:  # the run finished before the kill, so start another round
             differences += compare(straight, output)
             rounds += 1
             output = folder / f"killed-{rounds}"
@@ -104,8 +104,8 @@ def crash(folder: Path, kills: int, precision: str, seed: int, server: Server, s
 
 
 def kill(run: Run, phase: str, output: Path, rng: random.Random, steps: int, save_steps: int) -> None:
-    """Waits until the run is in that phase, and some milliseconds more; the run may be over before."""
-    if phase == "starting":  # both at once: before they have met, it is torchrun's agent that ends the other one
+    """Wait until the run is in the phase, and some milliseconds more, then kill it. It may end before."""
+    if phase == "starting":  # kill both: before the rendezvous only torchrun would end the other one
         time.sleep(rng.uniform(0, 1.5))
         run.kill()
         return
@@ -115,7 +115,7 @@ def kill(run: Run, phase: str, output: Path, rng: random.Random, steps: int, sav
         alive = alive and run.until(lambda: len(rows(output)) >= enough)
         time.sleep(rng.uniform(0, 0.1))
     elif phase == "saving":
-        passed = newest(output) + rng.choice([0, 1, 1]) * save_steps  # so many saves are let pass
+        passed = newest(output) + rng.choice([0, 1, 1]) * save_steps  # let this many saves pass
         alive = alive and run.until(lambda: newest(output) >= passed and any(output.glob("checkpoint-*.partial")))
         time.sleep(rng.uniform(0, 0.02))
     else:
@@ -126,7 +126,7 @@ def kill(run: Run, phase: str, output: Path, rng: random.Random, steps: int, sav
 
 
 def compare(straight: Path, output: Path) -> list[str]:
-    """What the killed run has otherwise than the other one."""
+    """Everything in which the killed run differs from the other one."""
     then, now = weights(straight), weights(output)
     differences = [name for name in then.keys() | now.keys() if then.get(name) != now.get(name)]
     mine, theirs = rows(output), rows(straight)
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
-    parser.add_argument("--steps", type=int, default=90, help="of a run; kills beyond its end go to another one")
+    parser.add_argument("--steps", type=int, default=90, help="steps of a run; after its end another run is started")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""Which of the decoders that transformers knows can be trained: each one small and random, two steps, exported, reloaded.
+"""Try every decoder family in transformers: train a small random model for two steps, export, reload and score it.
 
     pip install -e ".[test]"
     HF_HUB_OFFLINE=1 python tests/bench/families.py [family ...] [--json FILE]
 
-For every configuration with a causal language model: `train.py` for two steps in shared rows, where the probe allows
-them, and in separate ones (held-out losses have to agree to 1e-4); the exported folder read by plain transformers, with
-the code beside the weights where there is no class; `minirm.score` on it (rewards have to agree to 1e-4). About 15
-minutes on one core.
+For every configuration with a causal language model, train.py runs two steps with shared rows, if the probe allows them,
+and with separate rows. Held-out losses have to agree to 1e-4. Then plain transformers and minirm.score load the exported
+folder, with the code beside the weights if there is no class. Rewards have to agree to 1e-4. Takes about 15 minutes on
+one core.
 """
 
 import argparse
@@ -36,90 +36,52 @@ from minirm import score
 from minirm.model import loader
 from minirm.probe import shrunk
 
-NO_ROOM = ("cpmant", "deepseek_v4", "moshi")  # for one more token, so that their tokenizer has to bring a pad token
-LIMIT = 300  # seconds that a family may take
-# What makes a model small besides what the probe knows of, by names that configurations have: at most, and exactly.
+NO_ROOM = ("cpmant", "deepseek_v4", "moshi")  # for a pad token, so their tokenizer must bring one
+LIMIT = 300  # seconds per family
+# Entries that make a configuration small, besides those that the probe knows: upper limits and exact values.
 AT_MOST = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_routed_experts": 4,
-    "moe_k": 2,
-    "num_experts_per_token": 2,
-}
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_routed_experts": 4,
+    "moe_k": 2, "num_experts_per_token": 2,
+}  # fmt: skip
 EXACTLY = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
 MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
-NARROW = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-GEMMA_4 = NARROW | {
-    "head_dim": 16,
-    "global_head_dim": 16,
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 8,
-    "sliding_window": 8,
-}
-# By hand, where sizes hang together in ways of their own.
-BY_HAND = {
+NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+GEMMA = NARROW | {
+    "head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8, "sliding_window": 8,
+}  # fmt: skip
+GEMMA_4 = GEMMA | {"global_head_dim": 16, "num_kv_shared_layers": 0}
+BY_HAND = {  # families whose sizes depend on each other
     "bamba": NARROW | MAMBA_2 | {"attn_layer_indices": [1]},
-    "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},  # heads by fours
-    "doge": NARROW | {"keep_window_size": 2048},  # beyond that many tokens it sees those behind as well
+    "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},  # needs a multiple of four heads
+    "doge": NARROW | {"keep_window_size": 2048},  # beyond this many tokens it also attends to later ones
     "falcon_h1": NARROW | MAMBA_2 | {"mamba_d_ssm": 64},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
-    "gemma3n_text": NARROW
-    | {
-        "head_dim": 16,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-        "sliding_window": 8,
-    },
+    "gemma3n_text": GEMMA | {"num_kv_shared_layers": 2, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": GEMMA_4,
     "gemma4_unified_text": GEMMA_4,
-    "granitemoehybrid": NARROW
-    | MAMBA_2
-    | {
-        "layer_types": ["mamba", "attention"],
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 64,
+    "granitemoehybrid": NARROW | MAMBA_2 | {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64,
     },
     "hunyuan_v1_dense": NARROW | {"head_dim": 16},
     "hunyuan_v1_moe": NARROW | {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
-    "jamba": NARROW
-    | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4, "num_experts": 4},
+    "jamba": NARROW | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4, "num_experts": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
     "recurrent_gemma": NARROW | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "mamba2": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_heads": 8,
-        "head_dim": 8,
-        "n_groups": 1,
-        "state_size": 8,
-        "chunk_size": 8,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8,
     },
-}
+}  # fmt: skip
 
 
 def families() -> dict[str, type]:
-    """{model_type: configuration} of all that have a causal language model; of several parts, those that read text."""
+    """{model_type: configuration} of all families with a causal language model."""
     kinds = {kind for kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING if kind not in auto.MODEL_FOR_MASKED_LM_MAPPING}
     return {kind.model_type: kind for kind in sorted(kinds, key=lambda kind: kind.model_type)}
 
 
 def small_config(kind: type, tokenizer):
-    """A configuration of few and narrow layers of every kind that the default one has."""
+    """A configuration with few, narrow layers, but with every kind of layer of the default one."""
     if kind.model_type in BY_HAND:
         small = kind(**BY_HAND[kind.model_type])
     else:
@@ -131,14 +93,14 @@ def small_config(kind: type, tokenizer):
         for name, value in AT_MOST.items():
             if isinstance(fields.get(name), int):
                 setattr(text, name, min(value, fields[name]))
-        small = shrunk(text, max_length=0)  # of the real one's positions
+        small = shrunk(text, max_length=0)
     small.vocab_size, small.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     if "vocab_size_per_layer_input" in small.to_dict():
         small.vocab_size_per_layer_input = len(tokenizer) + 1  # one for padding
     for name in ("bos_token_id", "pad_token_id"):
         try:
             setattr(small, name, None)
-        except Exception:  # noqa: BLE001 - some must have one
+        except Exception:  # noqa: BLE001 - some families require one
             setattr(small, name, 0)
     return small
 
@@ -156,7 +118,7 @@ def make_family(kind: type, folder: Path) -> Path:
 
 
 def plain_rewards(folder: Path, texts: list[str]) -> list[float]:
-    """By transformers alone, text by text."""
+    """Rewards from plain transformers, one text at a time."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     model = load(folder, trust_remote_code=(folder / "modeling_reward.py").exists(), dtype=torch.float32).eval()
@@ -165,28 +127,18 @@ def plain_rewards(folder: Path, texts: list[str]) -> list[float]:
 
 
 def try_model(model: Path, folder: Path) -> str:
-    """Train, export, reload and score a model folder. "shared" or "separate", as rows were; raises what goes wrong."""
+    """Train, export, reload and score a model folder -> the row layout, "shared" or "separate". Raises if anything fails."""
     rows = make_comparisons(8)
     data = write_jsonl(folder / "train.jsonl", rows)
     held_out = write_jsonl(folder / "eval.jsonl", make_comparisons(4, seed=1))
     losses, used = {}, ""
     for layout in ("shared", "separate"):
         flags = ["--model", model, "--train_data", data, "--eval_data", held_out, "--output_dir", folder / layout]
-        flags += [
-            "--max_steps",
-            2,
-            "--row_layout",
-            layout,
-            "--learning_rate",
-            1e-3,
-            "--warmup_steps",
-            0,
-            "--save_steps",
-            0,
-        ]
+        flags += ["--max_steps", 2, "--row_layout", layout, "--learning_rate", 1e-3, "--warmup_steps", 0]
+        flags += ["--save_steps", 0, "--max_length", 64]
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = train.main([*map(str, flags), "--max_length", "64"])
+            code = train.main([*map(str, flags)])
         if code:
             raise RuntimeError(said.getvalue().strip().splitlines()[-1])
         if layout == "shared":
@@ -212,18 +164,16 @@ def try_model(model: Path, folder: Path) -> str:
 
 
 def try_family(name: str, folder: Path) -> tuple[str, str]:
-    """("shared" or "separate", how it is loaded), ("refused", why), ("not small", why) or ("another", why)."""
+    """(row layout, how it is loaded), ("refused", why), ("not small", why) or ("another", why)."""
     kind = families()[name]
     with contextlib.suppress(Exception):
         config = kind()
         if config.is_encoder_decoder or type(text := config.get_text_config(decoder=True)) is not kind:
-            return (
-                "another",
-                "encoder and decoder" if config.is_encoder_decoder else f"its decoder is {text.model_type}",
-            )
+            why = "encoder and decoder" if config.is_encoder_decoder else f"its decoder is {text.model_type}"
+            return "another", why
     try:
         model = make_family(kind, folder / "model")
-    except Exception as error:  # noqa: BLE001 - a default configuration that only its authors can make small
+    except Exception as error:  # noqa: BLE001 - unknown how to shrink it
         return "not small", f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     try:
         used = try_model(model, folder)
@@ -261,10 +211,8 @@ def main() -> None:
             args.json.write_text(json.dumps(results, indent=1))
     counts = Counter(outcome for outcome, _ in results.values())
     tried = len(results) - counts["not small"] - counts["another"]
-    print(
-        f"transformers {transformers.__version__}: {counts['shared'] + counts['separate']} of {tried} train",
-        dict(counts),
-    )
+    trained = counts["shared"] + counts["separate"]
+    print(f"transformers {transformers.__version__}: {trained} of {tried} train", dict(counts))
 
 
 if __name__ == "__main__":

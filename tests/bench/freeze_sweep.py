@@ -1,15 +1,15 @@
-"""How much to freeze: runs of train.py with 0, 30, 50, 70, 90 and 100 % of the layers frozen, several seeds each.
+"""Measure how much to freeze: train.py with 0, 30, 50, 70, 90 and 100 % of the layers frozen, several seeds each.
 
     pip install -e ".[plot]"
     OMP_NUM_THREADS=1 python tests/bench/freeze_sweep.py [--seeds 3] [--write] [flags of train.py]
 
-On the demo, and with the demo's model on ../shared/data/comparisons_{train,eval}.jsonl where that is there; with
---train_data among the flags on that alone, with your model and your recipe: what fits your data is for your data to say.
-A seed stands for another order of the data and another head, not for other data or another model. Ratios take turns, so
-that a busy machine slows all of them, and every run has a process of its own.
+It runs on the demo and, with the demo's model, on ../shared/data/comparisons_{train,eval}.jsonl if those exist. With
+--train_data among the flags it runs on that data alone, with your model and your recipe. A seed changes the order of the
+data and the head, not the data or the model. Ratios take turns, so a busy machine slows all of them. Every run has its own
+process.
 
-Stopped by Ctrl-C, it shows the seeds that are complete, and goes on with the same command: what is finished lies in
---folder, and is taken if its flags are the same.
+After Ctrl-C it shows the complete seeds, and the same command resumes: finished runs are stored in --folder and reused if
+their flags are the same.
 """
 
 import argparse
@@ -45,10 +45,8 @@ def data_sets(flags: list[str]) -> dict[str, list[str]]:
     if "--train_data" in flags:
         return {"your data": flags}
     demo, shared = build_demo(), ROOT.parent / "shared" / "data"
-    tiny = [str(part) for name, value in DEMO_DEFAULTS.items() for part in (f"--{name}", value)] + [
-        "--model",
-        str(demo.model),
-    ]
+    defaults = DEMO_DEFAULTS | {"model": demo.model}
+    tiny = [str(part) for name, value in defaults.items() for part in (f"--{name}", value)]
     short = ["--num_train_epochs", "1", "--eval_steps", "300"]
     sets = {"demo": [*tiny, "--train_data", str(demo.train), "--eval_data", str(demo.eval), *short, *flags]}
     train, held_out = (str(shared / f"comparisons_{part}.jsonl") for part in ("train", "eval"))
@@ -59,7 +57,7 @@ def data_sets(flags: list[str]) -> dict[str, list[str]]:
 
 
 def peak_memory(command: list, **options) -> int:
-    """Bytes that a command needed at most."""
+    """Peak memory of a command in bytes."""
     process = subprocess.Popen(list(map(str, command)), **options)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -68,7 +66,7 @@ def peak_memory(command: list, **options) -> int:
 
 
 def run(folder: Path, flags: list[str], before: int) -> dict:
-    """What one run of train.py came to; from its folder if it has been done already. before: bytes without any run."""
+    """The result of a run, read from its folder if it is finished. before: bytes of a process that does not train."""
     done = folder / "result.json"
     if done.exists() and (known := json.loads(done.read_text()))["flags"] == flags:
         return known
@@ -93,12 +91,11 @@ def run(folder: Path, flags: list[str], before: int) -> dict:
 
 
 def summary(results: list[dict]) -> dict:
-    """Of one ratio, over its seeds: means; most memory; seconds a pair in the fastest tenth of the rows of metrics.jsonl,
-    since what else the machine does slows the others.
+    """Means over a ratio's seeds, the largest memory, and seconds per pair in the fastest tenth of the rows of
+    metrics.jsonl, because other programs slow the rest.
     """
-    mean = {
-        key: statistics.fmean(of[key] for of in results) for key in ("best", "low", "high", "last", "train", "tokens")
-    }
+    keys = ("best", "low", "high", "last", "train", "tokens")
+    mean = {key: statistics.fmean(of[key] for of in results) for key in keys}
     a_token = sorted(second for of in results for second in of["seconds"])
     more = {"bests": [of["best"] for of in results], "memory": max(of["memory"] for of in results)}
     return {**results[0], **mean, **more, "seconds": a_token[len(a_token) // 10] * mean["tokens"]}
@@ -124,46 +121,25 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
         for (accuracy, cost), (name, rows) in zip(panels.T, sets.items()):
             x = [100 * ratio for ratio in rows]
             of = {key: [row[key] for row in rows.values()] for key in ("best", "low", "high", "last", "train")}
-            bars = [
-                [b - low for b, low in zip(of["best"], of["low"])],
-                [high - b for b, high in zip(of["best"], of["high"])],
-            ]
-            accuracy.errorbar(
-                x, of["best"], bars, fmt="o-", color=COLORS[0], capsize=3, label="held-out, 95 % interval over prompts"
-            )
+            below = [b - low for b, low in zip(of["best"], of["low"])]
+            above = [high - b for b, high in zip(of["best"], of["high"])]
+            label = "held-out, 95 % interval over prompts"
+            accuracy.errorbar(x, of["best"], [below, above], fmt="o-", color=COLORS[0], capsize=3, label=label)
             for n in range(min(len(row["bests"]) for row in rows.values())):
-                accuracy.plot(
-                    x,
-                    [row["bests"][n] for row in rows.values()],
-                    "_",
-                    color="black",
-                    label="_" * n + "held-out, each seed",
-                )
+                each, label = [row["bests"][n] for row in rows.values()], "_" * n + "held-out, each seed"
+                accuracy.plot(x, each, "_", color="black", label=label)
             accuracy.plot(x, of["last"], "s:", color=COLORS[2], markersize=4, label="held-out, last evaluation")
             accuracy.plot(x, of["train"], "^--", color=COLORS[1], markersize=4, label="train, last epoch")
             if (longer := rows[x[0] / 100]["longer"]) > 0.5:
-                accuracy.axhline(
-                    longer, color="black", linestyle=":", linewidth=1, label="the longer answer is the chosen one"
-                )
+                label = "the longer answer is the chosen one"
+                accuracy.axhline(longer, color="black", linestyle=":", linewidth=1, label=label)
             accuracy.set(title=name, ylabel="share of pairs right")
-            for key, style, color, label in (
-                ("seconds", "o-", COLORS[0], "time per pair"),
-                ("memory", "s--", COLORS[4], "memory"),
-            ):
-                cost.plot(
-                    x,
-                    [row[key] / rows[min(rows)][key] for row in rows.values()],
-                    style,
-                    color=color,
-                    markersize=4,
-                    label=label,
-                )
-            cost.set(
-                xlabel="share of the layers frozen, %",
-                ylabel="share of what no freezing takes",
-                ylim=(0, None),
-                xticks=x,
-            )
+            lines = ("seconds", "o-", COLORS[0], "time per pair"), ("memory", "s--", COLORS[4], "memory")
+            for key, style, color, label in lines:
+                shares = [row[key] / rows[min(rows)][key] for row in rows.values()]
+                cost.plot(x, shares, style, color=color, markersize=4, label=label)
+            cost.set(xlabel="share of the layers frozen, %", ylabel="share of what no freezing takes")
+            cost.set(ylim=(0, None), xticks=x)
         panels[1, 0].legend()
         labelled = {label: of for panel in panels[0] for of, label in zip(*panel.get_legend_handles_labels())}
         figure.legend(labelled.values(), labelled, loc="outside upper center", ncols=3)
@@ -171,23 +147,21 @@ def picture(sets: dict[str, dict[float, dict]]) -> Figure:
 
 
 def write(text: str, figure: Figure) -> None:
-    """Into README.md, between its two marks, and the picture beside this file."""
+    """Write the text between its two marks in README.md, and the plot beside this file."""
     shown = "![accuracy and cost by freeze ratio](tests/bench/freeze_sweep.png)"
     write_between(MARKS, f"{shown}\n\n{text}", ROOT / "README.md")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=144, metadata={"Software": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--seeds", type=int, default=3)
+    add(
+        "--folder", type=Path, default=ROOT / "runs" / "freeze_sweep", help="folder of the runs and of freeze_sweep.png"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "runs" / "freeze_sweep", help="the runs, and freeze_sweep.png"
-    )
-    parser.add_argument(
-        "--write", action="store_true", help="put the table into README.md and the picture beside this file"
-    )
+    add("--write", action="store_true", help="write the table into README.md and the plot beside this file")
     args, flags = parser.parse_known_args()
     sets = data_sets(flags)
     results: dict = {name: {ratio: [] for ratio in RATIOS} for name in sets}

@@ -1,9 +1,9 @@
-"""Data files as they should not be, and what minirm makes of them: `python tests/bench/fuzz.py --files 2000`.
+"""Feed broken data files to minirm: `python tests/bench/fuzz.py --files 2000`.
 
-Every file is a good one (JSON lines, JSON, CSV, TSV, Parquet, one in four of them compressed) with one to three things
-done to it: broken UTF-8, nulls and nested nulls, wrong types, huge lines, control characters, nothing at all, columns
-twice, bytes flipped, cut short, before it is compressed or after.
-`prepare` has to refuse each in one line that names the file, or to account for each of its rows.
+Every file starts as a good one (JSON lines, JSON, CSV, TSV or Parquet, one in four of them compressed) and is damaged in
+up to three ways: broken UTF-8, nulls, wrong types, huge lines, control characters, no content, duplicate columns, flipped
+bytes, truncation, before or after compression. `prepare` has to refuse it in one line that names the file, or to account
+for every row.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ODD = [
 
 
 def good_rows(rng: random.Random) -> list[dict]:
-    """In one of the schemas, a comparison a row."""
+    """Rows of one of the schemas, with a comparison each."""
     rows = make_comparisons(rng.randint(2, 12), seed=rng.randrange(1 << 30), per_prompt=rng.choice([1, 1, 2]))
     for row in rows:
         if rng.random() < 0.3:
@@ -103,7 +103,7 @@ CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
 def change_rows(rows: list, rng: random.Random) -> None:
-    """One thing done to what the rows hold."""
+    """Damage one of the rows."""
     kind, place = rng.randrange(7), rng.randrange(len(rows))
     row = rows[place]
     if not isinstance(row, dict) or not row or kind == 0:
@@ -124,43 +124,25 @@ def change_rows(rows: list, rng: random.Random) -> None:
         rows.append(row)
 
 
+ODD_BYTES = [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0", b"\x1a", b"\r", b"\n", b'"', b"}", b"\x85"]
+ODD_FILES = [b"\n\n\n", b" ", b"[]", b"{}", b"null", b"[null]", b"\xef\xbb\xbf", b"[" * 100_000]
+ODD_FILES += [b'{"a":' * 100_000, b"9" * 5000]
+
+
 def change_bytes(data: bytes, rng: random.Random) -> bytes:
-    """One thing done to the bytes of the file."""
+    """Damage the bytes of the file."""
     kind, place = rng.randrange(9), rng.randrange(len(data) + 1)
     if kind == 0:
         return data[:place]
     if kind == 1:
-        return (
-            data[:place]
-            + rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0", b"\x1a", b"\r", b"\n", b'"', b"}", b"\x85"])
-            + data[place:]
-        )
+        return data[:place] + rng.choice(ODD_BYTES) + data[place:]
     if kind == 2:
         return b""
     if kind == 3:
-        return rng.choice(
-            [
-                b"\n\n\n",
-                b" ",
-                b"[]",
-                b"{}",
-                b"null",
-                b"[null]",
-                b"\xef\xbb\xbf",
-                b"[" * 100_000,
-                b'{"a":' * 100_000,
-                b"9" * 5000,
-            ]
-        )
+        return rng.choice(ODD_FILES)
     if kind == 4:
-        return rng.choice(
-            [
-                data.decode("latin1").encode("utf-16"),
-                b"\xef\xbb\xbf" + data,
-                data.replace(b"\n", b"\r\n"),
-                data.replace(b"\n", b"\r"),
-            ]
-        )
+        utf_16, marked = data.decode("latin1").encode("utf-16"), b"\xef\xbb\xbf" + data
+        return rng.choice([utf_16, marked, data.replace(b"\n", b"\r\n"), data.replace(b"\n", b"\r")])
     if kind == 5:
         return data.replace(
             rng.choice([b"chosen", b"rejected", b"prompt"]),
@@ -205,7 +187,7 @@ def write(rows: list, suffix: str, rng: random.Random) -> bytes | None:
 
 
 def make_file(folder: Path, seed: int) -> Path:
-    """A broken file, the same for the same seed."""
+    """Write the broken file of this seed."""
     rng = random.Random(seed)
     suffix = rng.choice([".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet"])
     packed = rng.choice(list(COMPRESSIONS)) if rng.random() < 0.25 else ""
@@ -237,7 +219,7 @@ def unpacked(path: Path) -> tuple[str, bytes]:
 
 
 def rows_in(path: Path) -> int:
-    """How many rows the file holds, found another way than minirm does."""
+    """The number of rows in the file, counted independently of minirm."""
     suffix, data = unpacked(path)
     if suffix == ".parquet":
         return pyarrow.parquet.read_metadata(io.BytesIO(data)).num_rows
@@ -254,7 +236,7 @@ def rows_in(path: Path) -> int:
 
 
 def twice(path: Path) -> bool:
-    """Whether a name stands twice in one object, or above two columns."""
+    """Whether a name occurs twice in an object or in a header."""
     suffix, data = unpacked(path)
     if suffix == ".parquet":
         return False  # pyarrow refuses those itself
@@ -279,7 +261,7 @@ def make_chat_tokenizer():
 
 
 def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
-    """What came of it: "refused" or "trained on". Raises AssertionError for a row lost, or whatever went wrong."""
+    """The outcome, "refused" or "trained on". Raises AssertionError if a row is lost, and any other error."""
 
     def hang(*_):
         raise TimeoutError(f"{path}: still busy after {seconds} s")
@@ -291,9 +273,8 @@ def try_file(path: Path, tokenizer, cache: Path, seconds: int = 30) -> str:
     except InputError as error:
         message = str(error)
         assert str(path) in message, f"names no file: {message}"
-        assert "\n" not in message and "\r" not in message and len(message) < 1000, (
-            f"more than a line: {message[:2000]!r}"
-        )
+        one_line = "\n" not in message and "\r" not in message and len(message) < 1000
+        assert one_line, f"more than a line: {message[:2000]!r}"
         assert message.isprintable() or all(c.isprintable() for c in message), f"control characters: {message!r}"
         return "refused"
     finally:
@@ -320,7 +301,7 @@ def main() -> None:
             path = make_file(Path(folder), seed)
             try:
                 results[f"{''.join(path.suffixes)} {try_file(path, tokenizer, Path(folder) / 'cache')}"] += 1
-            except Exception as error:  # noqa: BLE001 - all that may go wrong is what is looked for
+            except Exception as error:  # noqa: BLE001 - the program looks for any error
                 wrong.append(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}")
     print(f"{args.files} files, {time.monotonic() - start:.0f} s")
     for name, count in sorted(results.items()):

@@ -1,22 +1,22 @@
-"""What minirm does on one GPU: whether it is correct there, how fast it is at real size, and where the time goes.
+"""Check and measure minirm on one GPU: correctness, speed at real model sizes, and where the time goes.
 
     python tests/bench/gpu.py --output gpu.json     # about seven minutes on one H100 or H200; no network
     python tests/bench/gpu.py --write gpu.json      # put a table of these results into README.md
-    python tests/bench/gpu.py --dry_run             # all of it with tiny models on the CPU, to see that it runs
+    python tests/bench/gpu.py --dry_run             # run everything with tiny models on the CPU
 
-correctness    rewards as on the CPU, shared rows as separate ones, fp16 overflow, resuming, and flags that must not
-               change a run: each with its largest difference and whether that is small enough (`ok`)
+correctness    rewards on the CPU and the GPU, shared and separate rows, fp16 overflow, resuming, and flags that must not
+               change a run: for each the largest difference and whether it is small enough (`ok`)
 gptj_*         a GPT-J-6B shape in fp16: summaries (a prompt of 340 tokens, two answers of 38) and rankings (four answers)
 llama_*        a Llama-8B shape in bf16: chats (a prompt of 2,900 tokens, two answers of 400)
-profile        the five kernels of a step of GPT-J with shared rows that take the most time
+profile        the five kernels that take most time in a step of GPT-J with shared rows
 
-Models are random and made on the device. Steps are of four prompts (the published scheme, TRL: of four pairs), with AdamW
-and clipping; the bottom 70 % are frozen except in TRL's trainer, which runs as it comes. Speeds are means of two timed passes over eight prompts after one
-pass to warm up. `of_plan` is the peak over what `train.py --plan` says for the same flags and rows. `of_card` counts the
-operations that nobody can avoid (see peers.py) as a share of what matrix products reach on the card in the same process.
-TRL trains all layers, so that it computes more than is counted.
+Models are random and made on the device. A step has four prompts (the published scheme and TRL: four pairs), AdamW and
+clipping. The bottom 70 % of the layers are frozen, except in TRL's trainer, which runs with its defaults. Speeds are means
+of two timed passes over eight prompts after a warm-up pass. `of_plan` is the peak memory over the peak that
+`train.py --plan` predicts for the same flags and rows. `of_card` is the rate of the unavoidable operations (see peers.py)
+over the rate of matrix products in the same process. TRL trains all layers, so it computes more than is counted.
 
-Every part runs in a process of its own, with a time limit. The results file is written after every part.
+Every part runs in its own process with a time limit. The results file is written after every part.
 """
 
 import argparse
@@ -78,22 +78,17 @@ METHODS = {
     "lora": "shared rows, `--lora_rank 16`",
     "trl": "TRL's trainer as it comes",
 }
-GROUPS = {  # methods that share a process and a model
-    "rows": ["separate", "shared", "tokens", "cached"],
-    "published": ["published"],
-    "lora": ["lora"],
-    "compiled": ["compiled"],
-    "trl": ["trl"],
-}
+GROUPS = {"rows": ["separate", "shared", "tokens", "cached"]}  # methods that share a process and a model
+GROUPS |= {method: [method] for method in ("published", "lora", "compiled", "trl")}
 LIMITS = {"rows": 110, "published": 60, "lora": 45, "compiled": 120, "trl": 90}  # seconds
 TITLES = {"gptj": "GPT-J-6B shape, fp16", "llama": "Llama-8B shape, bf16"}
 PARTS = {
     "correctness": 150,
-    **{f"{family}_{group}": limit for family in TITLES for group, limit in LIMITS.items()},
+    **{f"{family}_{group}": n for family in TITLES for group, n in LIMITS.items()},
     "profile": 60,
 }
 TOKENS, RANK = 8192, 16
-PROMPTS = 8  # of each shape: two steps
+PROMPTS = 8  # per shape: two steps
 
 
 def about() -> dict[str, str]:
@@ -102,7 +97,7 @@ def about() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Correctness: each check returns its figures, among them `ok`.
+# Correctness: each check returns its figures and `ok`.
 
 FAMILIES = {
     "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
@@ -114,13 +109,13 @@ FAMILIES = {
     "gemma2": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
                "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
 }  # fmt: skip
-EXACT = 1e-4  # of the largest reward, in fp32
-ROUNDED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # a wrong mask changes rewards by 0.2 and more
+EXACT = 1e-4  # tolerance in fp32, relative to the largest reward
+ROUNDED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # a wrong mask changes rewards by 0.2 or more
 WORDS = ["the", "a", "good", "bad", "answer", "question", "is", "was", "very", "short", "long", "clear"]
 
 
 def tiny_model(family: str) -> RewardModel:
-    """A random model in fp32 on the CPU, whose rewards are of unit size."""
+    """A random fp32 model on the CPU whose rewards have unit size."""
     ids = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family], **ids)
     torch.manual_seed(0)
@@ -175,7 +170,7 @@ def same_as_separate(device: torch.device) -> dict:
 
 
 def skipped_step(device: torch.device) -> dict:
-    """A step that overflows in fp16 leaves the parameters alone and halves the loss scale; the next one trains."""
+    """A step that overflows in fp16 changes no parameter and halves the loss scale. The next step trains."""
     device, mesh, *_ = start_processes()
     trainer = Trainer(make_config("llama", 64, 2), None, device, mesh, torch.float16)
     work = [make_groups(1, 20, 8, 2, torch.Generator().manual_seed(0))]
@@ -193,7 +188,7 @@ def skipped_step(device: torch.device) -> dict:
 
 
 class Runs:
-    """Runs of train.py of four steps on a tiny folder: two epochs of eight prompts."""
+    """Runs of train.py with four steps on a tiny model: two epochs of eight prompts."""
 
     def __init__(self, folder: Path):
         self.folder, self.straight = folder, {}
@@ -215,12 +210,11 @@ class Runs:
 
     @staticmethod
     def alphabet() -> dict[str, int]:
-        return {
-            character: i for i, character in enumerate(["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
-        }
+        characters = ["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        return {character: i for i, character in enumerate(characters)}
 
     def run(self, name: str, *flags, stop_after: int = 0) -> list[float]:
-        """Losses of steps and evaluations. stop_after: a signal comes in that step."""
+        """Losses of steps and evaluations. stop_after: send a signal in that step."""
         output = self.folder / name
         words = [
             *("--model", self.folder / "model", "--output_dir", output, "--max_steps", 4, "--freeze_ratio", 0.5),
@@ -253,11 +247,11 @@ class Runs:
         if len(found) != len(wanted):
             raise RuntimeError(f"{len(found)} losses instead of {len(wanted)}")
         difference = max(abs(a - b) for a, b in zip(found, wanted))
-        ok = difference <= (EXACT if precision == "fp32" else 10 * EXACT)  # gradients on GPUs vary in the last digit
+        ok = difference <= (EXACT if precision == "fp32" else 10 * EXACT)  # GPU gradients vary in the last digit
         return {"largest_difference": difference, "learned": wanted[0] - wanted[-1], "ok": ok}
 
     def resumed(self) -> dict:
-        """Stopped after two steps and gone on with, in fp16."""
+        """Stop after two steps in fp16 and resume."""
         self.run("resumed", "--precision", "fp16", stop_after=2)
         return self.compare(self.run("resumed", "--precision", "fp16"), "fp16")
 
@@ -267,7 +261,7 @@ class Runs:
 
 def correctness(tiny: bool) -> Iterator[dict]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    sys.modules["matplotlib"] = None  # as if it were not there: the picture of a run would take longer than the run
+    sys.modules["matplotlib"] = None  # as if not installed: drawing the curves takes longer than a run
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         datasets.config.HF_DATASETS_CACHE = Path(temporary) / "datasets"
@@ -292,12 +286,12 @@ def correctness(tiny: bool) -> Iterator[dict]:
 
 
 def attempt(function: Callable[[], dict]) -> dict | str:
-    """function(), or why there is no result, so that one failure leaves the results of the others."""
+    """function(), or the reason why there is no result, so that one failure does not lose the other results."""
     try:
         return function()
     except torch.OutOfMemoryError:
         return "out of memory"
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+    except Exception as error:  # noqa: BLE001 - any error is a result
         traceback.print_exc()
         return {"error": one_line(f"{type(error).__name__}: {error}")}
 
@@ -307,7 +301,7 @@ def attempt(function: Callable[[], dict]) -> dict | str:
 
 
 def shapes_of(family: str, tiny: bool) -> dict[str, tuple[int, int, int]]:
-    """{name: (prompt tokens, answer tokens, answers a prompt)}; lengths vary by a quarter around these."""
+    """{name: (prompt tokens, answer tokens, answers per prompt)}. Lengths vary by up to a quarter."""
     prompt, answer = (30, 8) if tiny else (340, 38) if family == "gptj" else (2900, 400)
     if family == "llama":
         return {"chats, 2 answers": (prompt, answer, 2)}
@@ -356,14 +350,16 @@ class Speed:
             return factory.from_config(self.config, dtype=torch.float32)
 
     def planned(self, method: str, groups: list[dict]) -> float | None:
-        """Peak in bytes by train.py --plan, for rows as long as the longest here; None for what is not minirm."""
+        """Peak in bytes that train.py --plan predicts for rows as long as the longest here; None for other trainers."""
         if method in ("published", "trl"):
             return None
         layout = "separate" if method == "separate" else "shared"
         answers = len(groups[0]["completions"])
         texts = [len(g["prefix"]) + max(map(len, g["completions"])) for g in groups]
         rows = [len(g["prefix"]) + sum(map(len, g["completions"])) for g in groups]
-        length = max(texts) if layout == "separate" else -(-max(rows) // 2)  # the plan has two answers in a shared row
+        length = (
+            max(texts) if layout == "separate" else -(-max(rows) // 2)
+        )  # the plan assumes two answers in a shared row
         flags = ["--model", "any", "--plan", "--max_length", length, "--gradient_accumulation_steps", ACCUMULATION]
         flags += ["--per_device_train_batch_size", answers // 2 if layout == "separate" else 1]
         flags += ["--micro_batch_tokens", TOKENS] if method == "tokens" else []
@@ -377,7 +373,7 @@ class Speed:
         return self.plans[words, layout]
 
     def make(self, method: str, groups: list[dict]) -> Callable:
-        """A function that trains on all groups: (pairs, tokens, the same with pads, seconds)."""
+        """A function that trains on all groups and returns (pairs, tokens, tokens with padding, seconds)."""
         if method == "trl":
             model = self.random_model(transformers.AutoModelForSequenceClassification)
             return trl(model, groups, self.folder / "trl", self.dtype)
@@ -385,7 +381,9 @@ class Speed:
             padded = max(PADDED, max(len(g["prefix"]) + max(map(len, g["completions"])) for g in groups))
             return published(self.random_model(transformers.AutoModel), groups, self.dtype, 64 if self.tiny else padded)
         if self.trainer is None:
-            backend = "inductor" if method == "compiled" and not self.tiny else ""  # takes a compiler, and long
+            backend = (
+                "inductor" if method == "compiled" and not self.tiny else ""
+            )  # inductor needs a compiler and much time
             self.trainer = Trainer(
                 self.config, None, self.device, self.mesh, self.dtype, lora_rank=RANK if method == "lora" else 0,
                 backend=backend, row_limit=8192,
@@ -415,7 +413,7 @@ class Speed:
         run = self.make(method, groups)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        run()  # warms up, and fills the cache
+        run()  # warms up and fills the cache
         scale = self.trainer.scaler.get_scale() if self.trainer else 1.0
         passes = [run() for _ in range(1 if self.tiny else 2)]
         peak = torch.cuda.max_memory_allocated() if cuda else None
@@ -451,7 +449,7 @@ def speed(family: str, group: str, tiny: bool) -> Iterator[dict]:
 
 
 def profile(tiny: bool) -> Iterator[dict]:
-    """One step of GPT-J with shared rows, after two to warm up."""
+    """One step of GPT-J with shared rows, after two warm-up steps."""
     runs = Speed("gptj", tiny, Path())
     run = runs.make("shared", next(iter(runs.groups.values()))[:ACCUMULATION])
     run(), run()
@@ -459,7 +457,7 @@ def profile(tiny: bool) -> Iterator[dict]:
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=kinds) as profiled:
         *_, seconds = run()
-    # Kernels alone: the operations and named ranges that launch them have the same times.
+    # Count kernels only: the operations and named ranges that launch them have the same times.
     on_gpu = lambda e: e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
     events = [e for e in profiled.key_averages() if not cuda or on_gpu(e)]
     spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
@@ -474,7 +472,7 @@ def profile(tiny: bool) -> Iterator[dict]:
 
 
 def run_part(part: str, tiny: bool) -> None:
-    """Print the results so far after each of its steps, a JSON object a line."""
+    """Print the results so far as a line of JSON after each step of a part."""
     quiet()
     family, _, group = part.partition("_")
     parts = {"correctness": correctness, "profile": profile}
@@ -483,13 +481,11 @@ def run_part(part: str, tiny: bool) -> None:
 
 
 def warm_up() -> None:
-    """Import what a dry run needs, once for all the processes that are forked."""
-    for module in (
-        "torch._dynamo",
-        "torch.distributed.tensor._ops",
-        *["trl.trainer.reward_trainer"] * bool(find_spec("trl")),
-    ):
+    """Import what a dry run needs, once for all forked processes."""
+    for module in ("torch._dynamo", "torch.distributed.tensor._ops"):
         importlib.import_module(module)
+    if find_spec("trl"):
+        importlib.import_module("trl.trainer.reward_trainer")
     for family in TITLES:
         transformers.AutoModelForSequenceClassification.from_config(config_of(family, tiny=True))
 
@@ -501,7 +497,7 @@ def forked(part: str, out, err) -> None:
 
 
 def answer(part: str, limit: float, dry_run: bool) -> dict:
-    """What a part found in a process of its own. A dry run forks: it has no GPU to start anew, and imports take long."""
+    """The results of a part in its own process. A dry run forks to save the imports, as it has no GPU to initialise."""
     if part.endswith("_trl") and not find_spec("trl"):
         return {shape: {"trl": "not installed"} for shape in shapes_of(part.partition("_")[0], dry_run)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -534,7 +530,7 @@ def answer(part: str, limit: float, dry_run: bool) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Output
 
 COLUMNS = {
     "pairs_per_second": ("pairs/s", "{:,.2f}"), "tokens_per_second": ("tokens/s", "{:,.0f}"), "peak_gb": ("peak GB", "{:.1f}"),
@@ -543,7 +539,7 @@ COLUMNS = {
 
 
 def cells(result: dict | str) -> list[str]:
-    """A method's figures in the order of COLUMNS."""
+    """A method's results in the order of COLUMNS."""
     if not isinstance(result, dict) or "error" in result:
         reason = result if isinstance(result, str) else result["error"]
         return [reason.replace("|", "/"), *[""] * (len(COLUMNS) - 1)]
@@ -586,13 +582,11 @@ def readable(part: str, value: dict) -> Iterator[str]:
 
 
 def table(results: dict) -> str:
-    """Markdown of a results file."""
+    """A results file as Markdown."""
     known = next(value for value in results.values() if "card" in value)
     lines = [f"{known['card']}, torch {known['torch']}, transformers {known['transformers']}; `{COMMAND}`", ""]
-    lines += [
-        f"| | {' | '.join(name for name, _ in COLUMNS.values())} | × published |",
-        "|-" * (len(COLUMNS) + 2) + "|",
-    ]
+    lines += [f"| | {' | '.join(name for name, _ in COLUMNS.values())} | × published |"]
+    lines += ["|-" * (len(COLUMNS) + 2) + "|"]
     for family, title in TITLES.items():
         found: dict[str, dict] = {}  # [shape][method]
         for part, value in results.items():
@@ -618,15 +612,15 @@ def table(results: dict) -> str:
 
 
 def write(results: dict) -> None:
-    """The table into README.md, between its two marks."""
+    """Write the table between its two marks in README.md."""
     write_between(MARKS, table(results), ROOT / "README.md")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry_run", action="store_true", help="tiny models on the CPU: shows that all of it runs")
-    parser.add_argument("--output", type=Path, metavar="F.json", help="write the results there, after every part")
-    parser.add_argument("--write", type=Path, metavar="F.json", help="put the table of these results into README.md")
+    parser.add_argument("--dry_run", action="store_true", help="run everything with tiny models on the CPU")
+    parser.add_argument("--output", type=Path, metavar="F.json", help="write the results to this file after every part")
+    parser.add_argument("--write", type=Path, metavar="F.json", help="write the table of these results into README.md")
     parser.add_argument("--part", choices=[*PARTS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.write:
@@ -637,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         warm_up()
     elif not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here; --dry_run goes through all of it on the CPU")
+        raise SystemExit("no GPU found; --dry_run runs everything on the CPU")
     results: dict[str, dict] = {}
     for part, limit in PARTS.items():
         begin = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Host memory and time that loading a checkpoint takes, on several processes, beside plain from_pretrained in one.
+"""Compare time and host memory of loading a checkpoint on several processes with plain from_pretrained in one.
 
     OMP_NUM_THREADS=1 python tests/bench/loading.py [--gib 2] [--processes 4]
 
-A llama of that size in fp32 is made on the spot, as safetensors (every process reads its own rows) and as .bin (the first
-one reads all and sends it on). Memory: the peak of resident pages while loading, files mapped included, over what was
-resident after the imports. Turns are taken; the median time of --repeat counts.
+It makes a Llama of that size in fp32, as safetensors (every process reads its own rows) and as .bin (the first process
+reads everything and sends it on). Memory is the peak of resident pages while loading, mapped files included, above those
+after the imports. The cases take turns, and the median time of --repeat turns is shown.
 """
 
 import argparse
@@ -22,13 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def resident(what: str) -> float:
-    """GiB: VmRSS, now, or VmHWM, the peak."""
+    """GiB of VmRSS, the current memory, or VmHWM, the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) / 2**20
 
 
 def load(folder: str) -> None:
-    """One process of several, or from_pretrained if there is one alone. Prints [seconds, GiB over the imports]."""
+    """Load in one of several processes, or with from_pretrained if there is only one. Prints [seconds, GiB]."""
     import torch
     import torch.distributed as dist
     import transformers
@@ -46,7 +46,7 @@ def load(folder: str) -> None:
         device, mesh, *_ = shard.start_processes()
         patient = torch.distributed.new_group(backend="gloo", timeout=shard.START_TIMEOUT)
         dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident("VmRSS"), time.perf_counter()
     if several:
         model = empty_model(config)
@@ -56,7 +56,7 @@ def load(folder: str) -> None:
         shard.fill(model, device, False, patient, read, lambda: load_weights(folder, config, 0))
     else:
         model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
-        for parameter in model.parameters():  # what is only mapped has not been read yet
+        for parameter in model.parameters():  # reads the mapped file
             parameter.sum()
     print(json.dumps([time.perf_counter() - start, resident("VmHWM") - before]))
     if several:
@@ -91,11 +91,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         width = 2048
-        layers = round(args.gib * 2**30 / 4 / (16 * width**2))  # 4 squares for attention, 12 for the three of the MLP
+        layers = round(args.gib * 2**30 / 4 / (16 * width**2))  # 4 width^2 in attention, 12 in the MLP
         shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
-        whole = make_model(
-            Path(temporary) / "safetensors", "llama", num_key_value_heads=4, head_dim=width // 4, **shape
-        )
+        shape |= {"num_key_value_heads": 4, "head_dim": width // 4}
+        whole = make_model(Path(temporary) / "safetensors", "llama", **shape)
         pickled = Path(temporary) / "bin"
         pickled.mkdir()
         for path in whole.iterdir():

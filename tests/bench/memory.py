@@ -1,10 +1,10 @@
-"""What `train.py --plan` says beside what is measured: bytes of one process in fp32 on the CPU.
+"""Compare `train.py --plan` with measured memory: bytes of one process in fp32 on the CPU.
 
     OMP_NUM_THREADS=1 python tests/bench/memory.py [--width 512] [--layers 12] [--world_size 1 2] [--lora_rank 0]
 
-Every case is a process of its own (or several), which takes two optimizer steps over the rows that the plan assumes.
-Parameters, gradients and moments are counted on the tensors themselves; the peak is the kernel's count of resident
-memory (VmHWM) above what was there before the model. It begins to count when the weights are in their places.
+Every case runs in its own process or processes and takes two optimizer steps over the rows that the plan assumes.
+Parameters, gradients and moments are counted from the tensors. The peak is the kernel's count of resident memory (VmHWM)
+above that before the model, from the moment when the weights are in place.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """VmRSS or VmHWM of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -41,7 +41,7 @@ def make_config(family: str, width: int, layers: int):
 
 
 def child(case: dict) -> None:
-    """Prints one JSON object: bytes of this process."""
+    """Print the bytes of this process as a JSON object."""
     import torch
 
     from minirm.attention import attention_mask, use_sdpa
@@ -66,18 +66,17 @@ def child(case: dict) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def size(tensors) -> int:
         return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
 
     found = {"frozen": size([*frozen, *model.buffers()]), "trained": size(trained)}
-    answers = (
-        torch.tensor([1, 2]).repeat_interleave(case["max_length"]).repeat(case["batch"], 1)
-    )  # no prompt, two answers
+    answers = torch.tensor([1, 2]).repeat_interleave(case["max_length"])  # two answers without a prompt
+    answers = answers.repeat(case["batch"], 1)
     places = torch.arange(case["max_length"]).repeat(case["batch"], 2)
     ids = torch.randint(1, 8000, answers.shape)
-    for _ in range(2):  # the first one makes the moments
+    for _ in range(2):  # the first step allocates the moments
         for micro_step in range(case["accumulation"]):
             begin_micro_step(model, last=micro_step == case["accumulation"] - 1)
             mask = attention_mask(answers, places, answers > 0, model.trunk.config, torch.float32)
@@ -86,7 +85,7 @@ def child(case: dict) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    # Where frozen units were gathered once, the whole is there beside the shards.
+    # Frozen units that were gathered once are kept whole beside the shards.
     found["frozen"] += size(p for p in model.parameters() if not p.requires_grad and all(p is not q for q in frozen))
     found["moments"] = size(v for state in optimizer.state.values() for v in state.values() if v.numel() > 1)
     found["peak"] = resident("VmHWM") - before
@@ -96,7 +95,7 @@ def child(case: dict) -> None:
 
 
 def measure(case: dict) -> dict:
-    """What `child` of the first process finds, of case["world_size"] processes."""
+    """The result of `child` in the first of case["world_size"] processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -122,7 +121,7 @@ def measure(case: dict) -> dict:
 
 
 def expected(case: dict) -> dict:
-    """The same from `estimate`."""
+    """The same figures from `estimate`."""
     import torch
 
     import train
@@ -132,7 +131,7 @@ def expected(case: dict) -> dict:
     flags += ["--per_device_train_batch_size", case["batch"], "--gradient_accumulation_steps", case["accumulation"]]
     flags += ["--gradient_checkpointing"] if case["checkpointing"] else []
     flags += ["--lora_rank", case["lora_rank"]]
-    args = train.parse_args([str(flag) for flag in [*flags, "--device", 1e6, 1, 1]])  # room for all that is frozen
+    args = train.parse_args([str(flag) for flag in [*flags, "--device", 1e6, 1, 1]])  # all frozen layers fit
     found = estimate(make_config(case["family"], case["width"], case["layers"]), args, torch.float32, "shared")
     frozen, trained, moments = found["parts"]["on a device, always"].values()
     return {"frozen": frozen, "trained": trained, "moments": moments, "gradients": found["parts"]["in the optimizer's step"]["gradients, fp32"], "peak": found["peak"]}  # fmt: skip
@@ -162,9 +161,8 @@ def main() -> None:
                     plan, found = expected(case), measure(case)
                     peak = found.pop("peak")
                     name = f"{family}, {world} devices, {accumulation} micro-steps{', checkpointing' if checkpointing else ''}"
-                    ratios = " ".join(
-                        f"{plan[key] / found[key]:.3f}" for key in ("frozen", "trained", "gradients", "moments")
-                    )
+                    keys = ("frozen", "trained", "gradients", "moments")
+                    ratios = " ".join(f"{plan[key] / found[key]:.3f}" for key in keys)
                     print(f"{name:<44}{plan['peak'] / 1e6:>9,.0f}{peak / 1e6:>10,.0f}{plan['peak'] / peak:>7.2f}   {ratios}", flush=True)  # fmt: skip
 
 

@@ -1,20 +1,23 @@
-"""How fast minirm is beside the others: pairs per second of training, one process, one run, the same model and data.
+"""Compare training speed with other trainers: pairs per second, one process, the same model and data.
 
     pip install -e ".[bench]"
     OMP_NUM_THREADS=2 python tests/bench/peers.py [--quick] [--write] [--precision fp32] [--width 512] [--layers 12]
 
-    (a) TRL's RewardTrainer as it comes, (b) the same with the bottom 70 % and the embeddings frozen, (B) and without
-    gradient checkpointing, which is its default, (c) the published scheme: two full sequences padded to 550, the bottom
-    70 % frozen, the embeddings not, (d) minirm, a row for every answer, (e) minirm, shared rows, (f) shared rows and
-    --cache_trunk, over the 5 epochs of the recipe, the caching one included.
+    (a) TRL's RewardTrainer with its defaults
+    (b) the same with the bottom 70 % of the layers and the embeddings frozen
+    (B) the same without gradient checkpointing, which TRL turns on by default
+    (c) the published scheme: two full sequences padded to 550, the bottom 70 % frozen, the embeddings trained
+    (d) minirm, a row for every answer
+    (e) minirm, shared rows
+    (f) minirm, shared rows and --cache_trunk, over the 5 epochs of the recipe, including the first one
 
-All take one pair (minirm: one prompt) a micro-step and four micro-steps a step, AdamW, clipping. They take turns, so
-that a busy machine slows all of them; medians are shown, and the spread from the fastest to the slowest. Peak memory
-is what a process of its own needs above what it had before the model.
+A micro-step is one pair (minirm: one prompt) and a step four micro-steps, with AdamW and clipping. The methods take turns,
+so a busy machine slows all of them. The table shows medians and the spread from fastest to slowest. Peak memory is measured
+in a separate process, above its memory before the model.
 
-The limit is what the floating-point operations that nobody can avoid (each token once, no backward pass below the
-first trained layer, products of queries with keys they may see) would take at the rate of a matrix product of the
-model's own shape, measured in the same run. (f) pays for the frozen layers once in 5 epochs, in its limit as well.
+The limit is the time of the unavoidable floating-point operations (each token once, no backward pass below the first
+trained layer, products of queries with visible keys only) at the rate of a matrix product of the model's shape, measured in
+the same run. (f) computes the frozen layers once in 5 epochs, and so does its limit.
 """
 
 import argparse
@@ -54,13 +57,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def unused_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """What TRL wants to have beside a model; it is never asked anything."""
+    """TRL requires a tokenizer, but never uses it here."""
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def save_model(folder: Path, args) -> None:
-    """A random causal language model as a user has it in a folder."""
+    """Save a random causal language model as a user would have it."""
     config = make_config(args.model, args.width, args.layers)
     config.update({"pad_token_id": 0, "eos_token_id": 1})
     torch.manual_seed(0)
@@ -69,13 +72,13 @@ def save_model(folder: Path, args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Each of these returns a function that trains on all comparisons: (pairs, real tokens, the same with pads, seconds).
+# Each of these makes a function that trains on all comparisons -> (pairs, tokens, tokens with padding, seconds).
 
 
 def trl(
     model: str | transformers.PreTrainedModel, groups: list[dict], output: Path, dtype: torch.dtype, checkpointing=True
 ) -> Callable:
-    from trl import RewardConfig, RewardTrainer  # slow to import, and not everywhere
+    from trl import RewardConfig, RewardTrainer  # slow to import and optional
 
     pairs = [pair for group in groups for pair in one_comparison_each(group)]
     ids = [[pair["prefix"] + tail for tail in pair["completions"]] for pair in pairs]
@@ -114,12 +117,12 @@ def trl(
 
 
 def published(trunk: torch.nn.Module, groups: list[dict], dtype: torch.dtype, padded: int = PADDED) -> Callable:
-    """Both texts padded, one batch, a loss for each pair; the plain loop spares it its own trainer's overhead."""
+    """Pad both texts, one batch and one loss per pair. This plain loop has none of the overhead of its trainer."""
     pairs = [pair for group in groups for pair in one_comparison_each(group)]
     device = trunk.device
     freeze_bottom_layers(trunk, 0.7, embeddings=False)
     for parameter in trunk.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:  # norms read the fp32 states of trained embeddings
+        if not parameter.requires_grad and parameter.dim() > 1:  # norms get the fp32 states of trained embeddings
             parameter.data = parameter.data.to(dtype)
     head = torch.nn.Parameter(init_head(trunk.config.hidden_size, 0).to(device))
     trained = [*(p for p in trunk.parameters() if p.requires_grad), head]
@@ -196,30 +199,30 @@ def synchronize() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown beside the times
+# Limits and memory
 
 
 def unavoidable(groups: list[dict], config, lora: bool = False) -> tuple[float, float]:
-    """Floating-point operations for one pass: (in the frozen layers, in all else). lora: no gradient of any matrix."""
+    """Floating-point operations of one pass: (frozen layers, everything else). lora: without gradients of matrices."""
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
     frozen = len(freeze_bottom_layers(model, 0.7).layers)
     blocks = find_blocks(model)[1]
     weights = sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, torch.nn.Linear))
-    tokens = seen = 0  # seen: pairs of a token and one that it sees
+    tokens = seen = 0  # seen: pairs of a token and one that it attends to
     for group in groups:
         prefix, tails = len(group["prefix"]), [len(tail) for tail in group["completions"]]
         tokens += prefix + sum(tails)
         seen += prefix * (prefix + 1) // 2 + sum(tail * prefix + tail * (tail + 1) // 2 for tail in tails)
     products, attention = 2 * weights * tokens, 4 * config.hidden_size * seen
-    # Backward: as much again for the inputs of every product, and for its other side.
+    # Backward costs one forward pass for the inputs of every product, and another for its weights.
     return frozen * (products + attention), (len(blocks) - frozen) * ((2 if lora else 3) * products + 3 * attention)
 
 
 def matmul_rate(tokens: int, width: int, dtype: torch.dtype, device: torch.device, total: float = 0) -> float:
     """Floating-point operations per second of [tokens, width] x [width, 4 width].
 
-    total: operations; 0: about 0.2 s of them on a CPU core, in fp32.
+    total: operations to time; 0 means about 0.2 s on a CPU core in fp32.
     """
     a = torch.randn(tokens, width, dtype=dtype, device=device)
     b = torch.randn(width, 4 * width, dtype=dtype, device=device)
@@ -235,7 +238,7 @@ def matmul_rate(tokens: int, width: int, dtype: torch.dtype, device: torch.devic
 
 
 def in_child(function: Callable, *args):
-    """function(*args) in a forked process, so that what it leaves in memory is gone afterwards."""
+    """function(*args) in a forked process, so that its memory is freed afterwards."""
 
     def child(pipe) -> None:
         quiet()
@@ -251,7 +254,7 @@ def in_child(function: Callable, *args):
 
 
 def peak_memory(method: str, folder: Path, groups: list[dict], args) -> int:
-    """Bytes above what the process had before."""
+    """Peak bytes above the memory before the model."""
     device, mesh, *_ = start_processes()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     make(method, folder, groups, args, device, mesh)()
@@ -270,7 +273,7 @@ def quiet() -> None:
 
 
 def write(table: str, results: dict, unit: str) -> None:
-    """The table into README.md, between its two marks, and the chart beside it."""
+    """Write the table between its two marks in README.md, and the chart beside this file."""
     import matplotlib.pyplot as plt
 
     write_between(MARKS, f"![pairs per second](tests/bench/peers.png)\n\n{table}", ROOT / "README.md")
@@ -295,12 +298,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
-    parser.add_argument("--prompts", type=int, default=4, help="of each shape; a multiple of 4 gives whole steps")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts per shape; a multiple of 4 gives whole steps")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--methods", default="abBcdef")
     parser.add_argument("--shapes", default="abc")
-    parser.add_argument("--quick", action="store_true", help="a small model, once: shows that all of it runs")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md and the chart beside it")
+    parser.add_argument("--quick", action="store_true", help="run everything once with a small model")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into README.md and the chart beside this file"
+    )
     args = parser.parse_args()
     if args.quick:
         args.width, args.layers, args.prompts, args.repeat = 128, 4, 4, 1
@@ -329,7 +334,7 @@ def main() -> None:
                 for method, run in runs.items():
                     rates.append(matmul_rate(tokens, args.width, DTYPES[args.precision], device))
                     *counts[method], took = run()
-                    if turn:  # the first one warms up
+                    if turn:  # the first turn warms up
                         seconds[method].append(took)
             rows = results[name] = {}
             frozen, rest = unavoidable(groups[name], make_config(args.model, args.width, args.layers))
@@ -344,12 +349,8 @@ def main() -> None:
             for method, row in rows.items():
                 ratios = [f"{row['rate'] / rows[other]['rate']:.1f}" if other in rows else "" for other in "abc"]
                 cells = [f"({method}) {METHODS[method]}", f"{row['rate']:.2f}", f"{row['spread']:.0%}", *ratios]
-                cells += [
-                    f"{row['real']:.0f}",
-                    f"{row['padded']:.0f}",
-                    f"{row['memory'] / 1e6:,.0f} MB",
-                    f"{row['limit']:.2f}",
-                ]
+                cells += [f"{row['real']:.0f}", f"{row['padded']:.0f}", f"{row['memory'] / 1e6:,.0f} MB"]
+                cells += [f"{row['limit']:.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
             print(f"{name}: matrix products {statistics.median(rates) / 1e9:,.0f} GFLOP/s, "
                   f"{min(rates) / 1e9:,.0f} to {max(rates) / 1e9:,.0f}", flush=True)  # fmt: skip

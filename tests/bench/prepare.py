@@ -1,12 +1,12 @@
-"""How fast comparisons are prepared (read, filtered, tokenised, grouped), and in how much memory, beside TRL's trainer.
+"""Compare time and memory of preparing comparisons (read, filter, tokenise, group) with TRL's trainer.
 
     pip install -e ".[bench]"
     python tests/bench/prepare.py [--pairs 100000] [--threads 1] [--processes 1] [--repeat 3]
 
-The same file, tokenizer and number of threads for both, each in a new process with an empty cache; they take turns.
-TRL's time is that of reading the file with `datasets` and of making a RewardTrainer, with a model of a few thousand
-parameters; --processes is its dataset_num_proc. Memory is the most that a process ever had (VmHWM), less what it had
-after its imports. Files that are mapped into memory count in that; "own" is without them (RssAnon, every 50 ms).
+Both get the same file, tokenizer and number of threads, and take turns in new processes with empty caches. TRL's time is
+that of reading the file with `datasets` and of making a RewardTrainer with a tiny model; --processes is its
+dataset_num_proc. Memory is the peak (VmHWM) above the memory after the imports. It includes memory-mapped files; "own"
+excludes them (RssAnon, sampled every 50 ms).
 """
 
 import argparse
@@ -59,46 +59,32 @@ print("measured", time.perf_counter() - begin, time.process_time() - cpu, memory
 
 
 def write_pairs(path: Path, count: int, prompt_words: int = 100, answer_words: int = 30) -> Path:
-    """Prompts and answers of half to one and a half times so many words."""
+    """Write `count` pairs. Lengths vary from half to one and a half times the given ones."""
     rng = random.Random(0)
 
     def text(about: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(about // 2, about * 3 // 2)))
 
     sides = ("chosen", "rejected")
-    rows = (
-        {"prompt": f"{i} {text(prompt_words)}"} | {side: text(answer_words) for side in sides} for i in range(count)
-    )
-    return write_jsonl(path, rows)
+    row = lambda i: {"prompt": f"{i} {text(prompt_words)}"} | {side: text(answer_words) for side in sides}
+    return write_jsonl(path, map(row, range(count)))
 
 
 def measure(code: str, cache: Path, **names) -> tuple[float, ...]:
-    """(seconds, seconds of CPU, MiB, own MiB, pairs kept) of a new process."""
+    """(seconds, CPU seconds, MiB, own MiB, pairs kept) of a new process."""
     code = (START + code + END).format(root=str(ROOT), out=str(cache / "out"), **names)
     env = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=env, text=True, check=True, stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, env=env, text=True, check=True, stdout=subprocess.PIPE)
     return tuple(map(float, run.stdout.rpartition("measured ")[2].split()))
 
 
 def until_table(cache: Path, model: Path, data: Path, out: Path) -> float:
-    """Seconds from typing the command to the first line behind the table."""
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "train.py"),
-        "--model",
-        model,
-        "--train_data",
-        data,
-        "--output_dir",
-        out,
-    ]
+    """Seconds from the command to the first line after the table."""
+    command = [sys.executable, "-u", ROOT / "train.py", "--model", model, "--train_data", data, "--output_dir", out]
+    env = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
     begin = time.perf_counter()
-    with subprocess.Popen(
-        [*map(str, command)], env={**os.environ, "HF_DATASETS_CACHE": str(cache)}, text=True, stdout=subprocess.PIPE
-    ) as run:
+    with subprocess.Popen([*map(str, command)], env=env, text=True, stdout=subprocess.PIPE) as run:
         next(line for line in run.stdout if line.startswith("padding in a micro-batch"))
         seconds = time.perf_counter() - begin
         run.kill()
@@ -116,10 +102,8 @@ def main() -> None:
     os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        names = {
-            "model": str(make_model(folder / "model", "llama")),
-            "processes": args.processes if args.processes > 1 else None,
-        }
+        names = {"model": str(make_model(folder / "model", "llama"))}
+        names["processes"] = args.processes if args.processes > 1 else None
         names["data"] = str(write_pairs(folder / "pairs.jsonl", args.pairs))
         results: dict[str, list] = {"minirm": [], "TRL": [], "minirm, from its cache": []}
         for turn in range(args.repeat):
@@ -139,10 +123,8 @@ def main() -> None:
             names["data"] = str(write_pairs(folder / f"{count}.jsonl", count))
             seconds, _, mib, own, _ = measure(MINIRM, folder / f"minirm-{count}", **names)
             print(f"minirm, {count:,} pairs: {seconds:.2f} s, {mib:.0f} MiB (own {own:.0f})")
-        times = [
-            until_table(folder / "command", names["model"], folder / "pairs.jsonl", folder / f"out-{i}")
-            for i in range(2)
-        ]
+        where = folder / "command", names["model"], folder / "pairs.jsonl"
+        times = [until_table(*where, folder / f"out-{i}") for i in range(2)]
         print(f"train.py until the table is shown: {times[0]:.2f} s, again {times[1]:.2f} s")
 
 

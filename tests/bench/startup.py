@@ -1,10 +1,10 @@
-"""Seconds from the command to the end of the first optimizer step on 1,000 comparisons, beside TRL's trainer.
+"""Compare the time from the command to the first optimizer step on 1,000 comparisons with TRL's trainer.
 
     pip install -e ".[bench]"
     OMP_NUM_THREADS=1 python tests/bench/startup.py [--repeat 5]
 
-Each start is a new process with empty caches; the two take turns. minirm's includes its evaluation at step 0, of 50
-pairs, which TRL has not. Both print the time when the optimizer has made its first step.
+The two take turns in new processes with empty caches. Both print the time after the first optimizer step. minirm's time
+includes the evaluation of 50 pairs at step 0, which TRL does not have.
 """
 
 import argparse
@@ -63,9 +63,8 @@ def main() -> None:
                 code = code.format(**paths, out=str(folder / f"{name}{turn}"))
                 env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / f"cache-{name}{turn}")}
                 begin = time.time()
-                shown = subprocess.run(
-                    [sys.executable, "-W", "ignore", "-c", code], env=env, text=True, check=True, capture_output=True
-                ).stdout
+                command = [sys.executable, "-W", "ignore", "-c", code]
+                shown = subprocess.run(command, env=env, text=True, check=True, capture_output=True).stdout
                 seconds[name].append(float(shown.partition("first step ")[2].split()[0]) - begin)
     for name, values in seconds.items():
         print(f"{name:<8} {statistics.median(values):.2f} s (from {min(values):.2f} to {max(values):.2f})")
