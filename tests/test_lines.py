@@ -152,7 +152,7 @@ def test_the_freeze_line_counts_layers_and_parameters(tmp_path):
     total = 4 * 12_704 + 96 + (config.vocab_size + 1024) * 32
     for ratio, wanted in (
         (0.7, f"frozen: layers 0-2 of 4; trained: 12,800 of {total:,} parameters ({12_800 / total:.1%})"),
-        (0, f"frozen: no layer; trained: {total:,} of {total:,} parameters (100.0%)"),
+        (0, f"frozen: no layers; trained: {total:,} of {total:,} parameters (100.0%)"),
         (1, f"frozen: layers 0-3 of 4; trained: 32 of {total:,} parameters (0.0%)"),
     ):
         model = empty_model(config)
@@ -186,7 +186,7 @@ def test_learning_rates_that_train_too_little_cause_a_warning():
         return [line for say, line in rate_warnings(SimpleNamespace(**flags), total_steps) if say]
 
     (line,) = said(50)
-    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move no weight by more than 0.0005,")
+    assert line.startswith("warning: 50 steps at --learning_rate 1e-05 move a weight by at most 0.0005,")
     assert said(200) == said(50, freeze_ratio=1) == said(0) == []
     assert said(50, learning_rate=0) == said(50, learning_rate=1e-4) == []
     (line,) = said(200, warmup_steps=200)

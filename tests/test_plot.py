@@ -155,7 +155,7 @@ def test_train_py_writes_the_plot_or_says_how_to_get_it(server, model_folder, tm
     flags += ["--logging_steps", 1, "--output_dir"]
     run = server.run(*flags, tmp_path / "without")  # processes.py hides matplotlib
     assert run.codes == [0] and not (tmp_path / "without" / "curves.png").exists()
-    wanted = "no curves.png: matplotlib is not installed; pip install matplotlib, then python -m minirm.plot "
+    wanted = "no curves.png: matplotlib is not installed; run: pip install matplotlib && python -m minirm.plot "
     assert wanted + str(tmp_path / "without") in run.text()
     run = server.run(*flags, tmp_path / "broken", patch="train.save_curves = None")  # not callable
     assert run.codes == [0] and (tmp_path / "broken" / "config.json").exists()

@@ -405,7 +405,7 @@ def test_a_prompt_repeated_in_the_messages_is_used_once(prompt, lead, wanted):
 def test_a_prompt_that_contradicts_the_messages_is_refused(tmp_path):
     row = {"prompt": "Why?", "chosen": [USER(ASK), ASSISTANT(GOOD)], "rejected": [USER(ASK), ASSISTANT(BAD)]}
     path = write_jsonl(tmp_path / "x.jsonl", [row])
-    wanted = f"{path}:1: 'prompt' is another question than the one the messages begin with; leave one of them out"
+    wanted = f"{path}:1: 'prompt' differs from the question that the messages begin with; remove one of them"
     assert refusal(read_texts, str(path), make_tokenizer(), "\n", {}) == wanted
 
 
@@ -615,8 +615,8 @@ def test_sides_that_answer_different_prompts_are_dropped_in_training(tmp_path):
     tokenizer.chat_template = CHAT
     found, report = read_all(tmp_path, rows, tokenizer)
     assert len(found) == 1 and report["read"] == 4
-    assert report["dropped: the sides answer different prompts"] == 2
-    assert report["dropped: a side ends with the user's turn"] == 1
+    assert report["dropped: the answers have different prompts"] == 2
+    assert report["dropped: an answer ends with a user turn"] == 1
     assert len(read_all(tmp_path, rows, tokenizer, keep="labelled")[0]) == 4  # evaluation files keep all of them
 
 

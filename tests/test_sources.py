@@ -102,7 +102,7 @@ def test_a_very_long_csv_field_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet"])
 def test_a_missing_file_is_refused(tmp_path, name):
-    wanted = f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv, .parquet file"
+    wanted = f"{tmp_path}/{name}: No such file or directory; expected a .jsonl, .json, .csv, .tsv or .parquet file"
     assert refusal(fingerprint, str(tmp_path / name)) == wanted
 
 
@@ -113,7 +113,7 @@ def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["no-such-dataset", "no/such-dataset", "no/such-dataset:train", "x.txt"])
 def test_an_unknown_dataset_is_refused(name):
-    wanted = f"{name}: neither a .jsonl, .json, .csv, .tsv, .parquet file nor a dataset that can be loaded ("
+    wanted = f"{name}: neither a .jsonl, .json, .csv, .tsv or .parquet file nor a dataset that can be loaded ("
     assert refusal(fingerprint, name).startswith(wanted)
 
 
@@ -243,7 +243,7 @@ def test_splits_in_one_file_and_saved_to_disk(tmp_path):
     assert rows_of(tmp_path / "y.json") == rows_of(f"{tmp_path}/y.json:train") == ROWS
     assert rows_of(f"{tmp_path}/y.json:test") == ROWS[:1]
     (tmp_path / "z.json").write_text(json.dumps({"easy": ROWS, "hard": ROWS[:1]}))
-    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"type which one is meant, {tmp_path}/z.json:easy")
+    assert refusal(read_rows, f"{tmp_path}/z.json").endswith(f"choose one, as in {tmp_path}/z.json:easy")
     parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", ROWS), ("test", ROWS[:1]))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert rows_of(tmp_path / "saved") == ROWS and rows_of(f"{tmp_path}/saved:test") == ROWS[:1]
@@ -265,7 +265,7 @@ def test_an_amount_takes_the_first_rows_or_a_share_of_all(tmp_path):
     assert numbers(f"{path}@0.5") == [1, 3, 5, 7, 9] and numbers(f"{path}@0.3") == [3, 6, 9]
     assert len(numbers(f"{path}@1.0")) == 10
     for wrong in ("@0", "@0.0", "@1.5"):
-        assert "a share of them, @0.5" in refusal(read_rows, f"{path}{wrong}")
+        assert "a share up to 1, as in @0.5" in refusal(read_rows, f"{path}{wrong}")
     write_jsonl(tmp_path / "odd.jsonl@2", ROWS)  # an existing file keeps its name, whose type is unknown
     assert "neither a .jsonl" in refusal(fingerprint, f"{tmp_path}/odd.jsonl@2")
 
