@@ -8,6 +8,7 @@ import errno
 import importlib
 import json
 import shutil
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -119,6 +120,21 @@ def test_cached_and_uncached_runs_with_other_flags_are_bitwise_equal(flags, trai
     wanted = trained(model_folder("gptj"), *flags.split())
     for _ in range(2):
         assert_equal(trained(model_folder("gptj"), *flags.split(), "--cache_trunk", tmp_path / "cache"), wanted)
+
+
+def test_a_thread_reads_cached_states_ahead(trained, model_folder, tmp_path, monkeypatch):
+    """A micro-step reads a file itself only if it was missing when the thread looked, as in the first run."""
+    readers, read = [], TrunkCache._read
+
+    def noted(self, name):
+        readers.append(threading.current_thread() is threading.main_thread())
+        return read(self, name)
+
+    monkeypatch.setattr(TrunkCache, "_read", noted)
+    for all_cached in (False, True):
+        readers.clear()
+        trained(model_folder("gptj"), "--cache_trunk", tmp_path / "cache")
+        assert len(readers) > 24 and any(readers) != all_cached
 
 
 @pytest.mark.parametrize(
