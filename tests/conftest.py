@@ -43,18 +43,10 @@ TRAIN = [
 ]
 EVAL = [{"prompt": "p", "chosen": NINE, "rejected": ELEVEN}, {"prompt": "v", "chosen": "yes", "rejected": "no"}]
 EVALUATION = {
-    "step": 1000,
-    "eval_loss": 0.5,
-    "eval_accuracy": 0.71234,
-    "eval_accuracy_low": 0.68,
-    "eval_accuracy_high": 0.742,
-    "eval_pairs": 1320,
-    "eval_ties": 2,
-    "eval_length_accuracy": 0.55,
-    "eval_calibration_error": 0.031,
-    "eval_reward_mean": -0.25,
-    "eval_reward_std": 1.5,
-}
+    "step": 1000, "eval_loss": 0.5, "eval_accuracy": 0.71234, "eval_accuracy_low": 0.68, "eval_accuracy_high": 0.742,
+    "eval_pairs": 1320, "eval_ties": 2, "eval_length_accuracy": 0.55, "eval_calibration_error": 0.031,
+    "eval_reward_mean": -0.25, "eval_reward_std": 1.5,
+}  # fmt: skip
 
 torch.set_num_threads(1)  # with tiny models, more threads only take longer
 

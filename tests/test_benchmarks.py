@@ -49,12 +49,8 @@ def test_reward_bench_2_is_the_mean_of_its_subsets():
 
 def test_rm_bench_by_style():
     """chosen 1 2 3 against rejected 0 1.5 2.5: right in 3 + 2 + ... of the matrix [[1,0,0],[1,1,0],[1,1,1]]."""
-    assert rm_bench([row([1.0, 2.0, 3.0], [0.0, 1.5, 2.5])]) == {
-        "easy": 1.0,
-        "normal": 1.0,
-        "hard": 0.0,
-        "mean": pytest.approx(2 / 3),
-    }
+    wanted = {"easy": 1.0, "normal": 1.0, "hard": 0.0, "mean": pytest.approx(2 / 3)}
+    assert rm_bench([row([1.0, 2.0, 3.0], [0.0, 1.5, 2.5])]) == wanted
     rows = [row([1.0, 2.0, 3.0], [0.0, 1.5, 2.5]), row([0.0, 0.0, 0.0], [1.0, -1.0, -1.0])]
     # second row, wherever the wrong one has style 0 it is beaten: [[0,1,1]] * 3
     assert rm_bench(rows) == {

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import mounted, training
+from conftest import flags, mounted, training
 from safetensors.torch import load_file
 
 from minirm.checkpoint import checkpoints, verify
@@ -63,18 +63,8 @@ def test_a_non_finite_loss_stops_all_processes_and_names_the_prompts(server, twe
 
 def test_an_fp16_run_stops_when_the_loss_scale_reaches_its_floor(server, twelve_steps, tmp_path):
     patch = NOT_FINITE.format(value="inf", when="True")
-    flags = [
-        *twelve_steps,
-        "--precision",
-        "fp16",
-        "--max_steps",
-        40,
-        "--save_steps",
-        5,
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    run = server.run(*flags, world=2, patch=patch)
+    given = [*twelve_steps, *flags(precision="fp16", max_steps=40, save_steps=5, output_dir=tmp_path / "run")]
+    run = server.run(*given, world=2, patch=patch)
     assert run.codes == [3, 3], run.text()
     # 65536 = 2^16 is halved seventeen times.
     assert "step 17: the loss scale fell below 1.0" in run.text() and "--precision bf16" in run.text()
@@ -82,7 +72,7 @@ def test_an_fp16_run_stops_when_the_loss_scale_reaches_its_floor(server, twelve_
         (2.0 ** (16 - n), n) for n in range(1, 17)
     ]
     # The run also resumes from a checkpoint whose optimizer has taken no step yet.
-    run = server.run(*flags, "--max_steps", 16, world=2)
+    run = server.run(*given, "--max_steps", 16, world=2)
     assert run.codes == [0, 0] and "checkpoint-15, step 15 of 16" in run.text(), run.text()
     assert training(tmp_path / "run")[-1]["skipped_steps"] == 15
 
@@ -104,8 +94,8 @@ torch.amp.GradScaler = Scaler
     found = {}
     for plant in (True, False):
         output = tmp_path / str(plant)
-        flags = [*twelve_steps, "--precision", "fp16", "--max_steps", 1, "--warmup_steps", 0, "--output_dir", output]
-        run = server.run(*flags, world=2, patch=patch.replace("PLANT", str(plant)))
+        given = [*twelve_steps, *flags(precision="fp16", max_steps=1, warmup_steps=0, output_dir=output)]
+        run = server.run(*given, world=2, patch=patch.replace("PLANT", str(plant)))
         assert run.codes == [0, 0], run.text()
         (row,) = training(output)
         state = verify(output / "checkpoint-1")
@@ -146,17 +136,16 @@ train.load_model = filled
 @pytest.mark.parametrize("phase, size", [(PREPARING, "16k"), (DEMO, "100k"), (METRICS, "200k")])
 def test_a_full_disk_ends_all_processes_with_one_line_and_no_partial_files(server, twelve_steps, tmp_path, phase, size):
     with mounted(tmp_path / "small", f"size={size}") as place:
-        flags = [*twelve_steps, "--output_dir", (place if phase is METRICS else tmp_path) / "run"]
-        if phase is DEMO:
-            flags = ["--output_dir", tmp_path / "run"]
+        given = [] if phase is DEMO else twelve_steps
+        given = [*given, "--output_dir", (place if phase is METRICS else tmp_path) / "run"]
         patch = phase.format(place=str(place))
-        run = server.run(*flags, world=2, patch=patch, env={"MINIRM_CACHE": str(place)})
+        run = server.run(*given, world=2, patch=patch, env={"MINIRM_CACHE": str(place)})
         assert run.codes == [3, 3], run.text()
         (line,) = [line for line in run.text().splitlines() if "could not be written" in line]
         assert str(place) in line and "No space left" in line and "are free" in line and "Traceback" not in run.text()
         assert not [*place.rglob("*.partial")]
     if phase is PREPARING:  # the same command works once there is room
-        assert server.run(*flags, "--max_steps", 1, world=2).codes == [0, 0]
+        assert server.run(*given, "--max_steps", 1, world=2).codes == [0, 0]
 
 
 # -- Broken data. --------------------------------------------------------------------------------------------------------

@@ -92,21 +92,13 @@ def test_layer_counts(layers, ratio, count):
     assert trained_layer_count(layers, ratio) == count
 
 
-def test_ratio_0_freezes_nothing():
+def test_ratio_0_freezes_nothing_and_ratio_1_everything_but_the_head():
     model = gptj(4)
-    frozen = freeze_bottom_layers(model, 0)
-    assert frozen == ([], [], 4)
+    assert freeze_bottom_layers(model, 0) == ([], [], 4)
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_ratio_1_trains_only_the_head():
-    model = gptj(4)
     frozen = freeze_bottom_layers(model, 1.0)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
     assert frozen.layers == [0, 1, 2, 3] and len(frozen.parameters) == len(list(model.trunk.parameters()))
-
-
-def test_ratio_1_can_leave_embeddings_trainable():
     model = gptj(4)
     freeze_bottom_layers(model, 1.0, embeddings=False)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["trunk.wte.weight", "score.weight"]
@@ -220,11 +212,8 @@ def test_weights_shared_on_one_side_of_the_boundary_are_accepted():
     shared = nn.Linear(2, 2)
     model = Decoder([shared, shared, nn.Linear(2, 2), nn.Linear(2, 2)])
     assert freeze_bottom_layers(model, 0.5) == ([0, 1], ["embed_tokens.weight", "layers.0.weight", "layers.0.bias"], 4)
-
-
-def test_a_shared_layer_can_be_frozen_entirely_or_not_at_all():
     shared = nn.Linear(2, 2)
-    model = Decoder([shared, shared])
+    model = Decoder([shared, shared])  # frozen entirely or not at all
     assert freeze_bottom_layers(model, 0) == ([], [], 2)
     assert freeze_bottom_layers(model, 1).layers == [0, 1]
     assert not shared.weight.requires_grad

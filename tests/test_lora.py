@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIGS, make_comparisons, read_metrics, refusal, write_jsonl
+from conftest import CONFIGS, flags, make_comparisons, read_metrics, refusal, write_jsonl
 from processes import COLLECTIVES
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -135,11 +135,11 @@ def test_lora_takes_the_same_steps_on_any_mesh_cached_and_resumed(server, model_
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     held_out = write_jsonl(tmp_path / "eval.jsonl", make_comparisons(4, seed=1))
 
-    def run(name, *flags, world=1, steps=4, patch=""):
+    def run(name, *more, world=1, steps=4, patch=""):
         given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", held_out, *QUICK]
         given += ["--output_dir", tmp_path / name, "--lora_rank", 4, "--logging_steps", 1]
         given += ["--freeze_ratio", 0.5, "--gradient_accumulation_steps", 4 // world]
-        done = server.run(*given, "--max_steps", steps, "--keep", "last", *flags, world=world, patch=patch)
+        done = server.run(*given, "--max_steps", steps, "--keep", "last", *more, world=world, patch=patch)
         assert done.codes == [0] * world, done.text()[-3000:]
         return [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
 
@@ -177,28 +177,25 @@ def test_adapters_need_no_additional_collectives(server, model_folder, tmp_path)
     """With 14 adapted matrices, a step has as many collectives as one that trains the head alone: they share its collectives."""
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
 
-    def collectives(name, steps, *flags):
+    def collectives(name, steps, *more):
         given = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--max_steps", steps]
-        given += ["--output_dir", tmp_path / name, "--max_length", 64, "--eval_steps", 0, "--save_steps", 0, *flags]
+        given += ["--output_dir", tmp_path / name, "--max_length", 64, "--eval_steps", 0, "--save_steps", 0, *more]
         run = server.run(*given, "--logging_steps", 0, world=2, patch=COLLECTIVES)
         assert run.codes == [0, 0], run.text()[-3000:]
         return len(json.loads((tmp_path / name / "collectives-0.json").read_text()))
 
-    lora, head = ["--lora_rank", 4, "--freeze_ratio", 0.5], ["--freeze_ratio", 1]
-    of_a_step = [
-        collectives(f"{name}3", 3, *flags) - collectives(f"{name}1", 1, *flags)
-        for name, flags in (("lora", lora), ("head", head))
-    ]
-    assert of_a_step[0] == of_a_step[1] > 0
+    lora, head = flags(lora_rank=4, freeze_ratio=0.5), flags(freeze_ratio=1)
+    of_a_step = lambda name, more: collectives(f"{name}3", 3, *more) - collectives(f"{name}1", 1, *more)
+    assert of_a_step("lora", lora) == of_a_step("head", head) > 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, tmp_path, precision):
     """The learning rate is far too high, so the best evaluation is not the last. The exported model has its mean reward."""
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    flags = ["--model", model_folder("llama"), "--train_data", data, "--eval_data", data, "--lora_rank", 4]
-    flags += ["--output_dir", tmp_path / "out", "--max_length", 64, "--learning_rate", 0.05, "--warmup_steps", 0]
-    run = server.run(*flags, "--max_steps", 8, "--eval_steps", 1, "--precision", precision, "--freeze_ratio", 0.5)
+    given = flags(model=model_folder("llama"), train_data=data, eval_data=data, output_dir=tmp_path / "out")
+    given += [*QUICK, *flags(learning_rate=0.05, lora_rank=4, max_steps=8, eval_steps=1, freeze_ratio=0.5)]
+    run = server.run(*given, "--precision", precision)
     assert run.codes == [0], run.text()[-3000:]
     rows = [row for row in read_metrics(tmp_path / "out") if "eval_loss" in row][1:]
     best = min(rows, key=lambda row: row["eval_loss"])
@@ -218,17 +215,8 @@ def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, 
 def test_peft_loads_the_adapter_and_gives_the_same_rewards(server, model_folder, tmp_path, family):
     peft = pytest.importorskip("peft")
     data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    given = [
-        "--model",
-        model_folder(family),
-        "--train_data",
-        data,
-        "--eval_data",
-        data,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    run = server.run(*given, *QUICK, "--lora_rank", 4, "--max_steps", 2, "--keep", "last", "--save_steps", 0)
+    given = flags(model=model_folder(family), train_data=data, eval_data=data, output_dir=tmp_path / "out")
+    run = server.run(*given, *QUICK, *flags(lora_rank=4, max_steps=2, keep="last", save_steps=0))
     assert run.codes == [0], run.text()[-3000:]
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     base = AutoModelForSequenceClassification.from_pretrained(model_folder(family), num_labels=1)

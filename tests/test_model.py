@@ -226,33 +226,30 @@ def edited(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-BROKEN = {"model_type": "nonsense"}, {"hidden_size": "wide"}, {"num_attention_heads": 5}, {"rope_parameters": {"rope_type": "x"}}  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", BROKEN, ids=str)
-def test_a_config_that_makes_no_model_is_refused(model_folder, tmp_path, changes):
-    shutil.copytree(model_folder("llama"), tmp_path / "x")
-    edited(tmp_path / "x" / "config.json", **changes)
-    assert re.search("that transformers can load|cannot build a model", refusal(tmp_path / "x"))
-
-
-def test_a_config_that_is_not_json_is_refused(model_folder, tmp_path):
-    shutil.copytree(model_folder("llama"), tmp_path / "x")
-    (tmp_path / "x" / "config.json").write_text("{")
-    assert "not a valid JSON file" in refusal(tmp_path / "x")
-
-
-def test_a_folder_without_a_tokenizer_is_refused(model_folder, tmp_path):
-    shutil.copytree(model_folder("llama"), tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer*"))
-    assert "its tokenizer cannot be loaded" in refusal(tmp_path / "x")
-
-
-def test_a_model_with_custom_code_is_refused_without_a_prompt(model_folder, tmp_path, monkeypatch):
-    """transformers would ask on the terminal whether to run the code, and every rank would wait for the answer."""
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({"model_type": "nonsense"}, "that transformers can load|cannot build a model"),
+        ({"hidden_size": "wide"}, "that transformers can load|cannot build a model"),
+        ({"num_attention_heads": 5}, "that transformers can load|cannot build a model"),
+        ({"rope_parameters": {"rope_type": "x"}}, "that transformers can load|cannot build a model"),
+        ({"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}, "custom code"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_refused(model_folder, tmp_path, monkeypatch, changes, wanted):
+    """For custom code, transformers would ask on the terminal, and every rank would wait for the answer."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     shutil.copytree(model_folder("llama"), tmp_path / "x")
-    edited(tmp_path / "x" / "config.json", model_type="custom", auto_map={"AutoConfig": "code.Config"})
-    assert "custom code" in refusal(tmp_path / "x")
+    edited(tmp_path / "x" / "config.json", **changes)
+    assert re.search(wanted, refusal(tmp_path / "x"))
+
+
+def test_a_folder_without_a_valid_config_or_tokenizer_is_refused(model_folder, tmp_path):
+    shutil.copytree(model_folder("llama"), tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "its tokenizer cannot be loaded" in refusal(tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text("{")
+    assert "not a valid JSON file" in refusal(tmp_path / "x")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES_BY_NAME, *REFUSED])

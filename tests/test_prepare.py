@@ -87,15 +87,10 @@ def test_filters_drop_ties_identical_pairs_and_answers_under_five_words(tmp_path
         ("p", [f"p|{NINE}", "p|one two three four five"], (0,), (1,), (0.5,)),
     ]
     assert report == {
-        "schema": "texts in chosen and rejected",
-        "columns": ["prompt", "chosen", "rejected"],
-        "not used": [],
-        "special tokens in the text": 0,
-        "read": 7,
-        "dropped: identical answers": 2,
-        "dropped: answer under 5 words": 2,
-        "dropped: tie": 1,
-    }
+        "schema": "texts in chosen and rejected", "columns": ["prompt", "chosen", "rejected"], "not used": [],
+        "special tokens in the text": 0, "read": 7,
+        "dropped: identical answers": 2, "dropped: answer under 5 words": 2, "dropped: tie": 1,
+    }  # fmt: skip
 
 
 def test_evaluation_files_lose_only_their_ties(tmp_path):

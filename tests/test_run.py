@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import make_comparisons, make_model, mounted, rows_without_speeds, unfinished, write_jsonl
+from conftest import flags, make_comparisons, make_model, mounted, rows_without_speeds, unfinished, write_jsonl
 
 from minirm.checkpoint import START, checkpoints, verify
 from minirm.errors import InputError
@@ -58,18 +58,9 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(server, eight_step
 def test_another_recipe_data_or_model_is_refused_with_all_differences(server, eight_steps, finished, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", make_comparisons(60, seed=7))
     before = contents(finished)
-    changed = [
-        *eight_steps,
-        "--output_dir",
-        finished,
-        "--learning_rate",
-        2e-3,
-        "--precision",
-        "bf16",
-        "--train_data",
-        other,
-    ]
-    run = server.run(*changed, "--model", make_model(tmp_path / "model", "gptj", seed=5))
+    changed = flags(learning_rate=2e-3, precision="bf16", train_data=other)
+    changed += flags(model=make_model(tmp_path / "model", "gptj", seed=5), output_dir=finished)
+    run = server.run(*eight_steps, *changed)
     assert run.codes == [2]
     (line,) = [line for line in run.text().splitlines() if "error:" in line]
     for words in (
@@ -107,23 +98,23 @@ train.parse_args = parse_args
 
 def test_a_longer_run_resumes_with_the_schedule_of_its_new_length(server, eight_steps, finished, tmp_path):
     """Linear schedule, 3 warm-up steps: after step s of n the rate is lr * (n - s) / (n - 3)."""
-    flags = [*eight_steps, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "linear", "--eval_steps", 0]
-    assert server.run(*flags, "--max_steps", 5).codes == [0]
-    run = server.run(*flags, "--max_steps", 11)
+    given = [*eight_steps, *flags(output_dir=tmp_path / "run", lr_scheduler_type="linear", eval_steps=0)]
+    assert server.run(*given, "--max_steps", 5).codes == [0]
+    run = server.run(*given, "--max_steps", 11)
     assert run.codes == [0], run.text()
     rates = {row["step"]: row["learning_rate"] for row in rows_without_speeds(tmp_path / "run") if "loss" in row}
     assert rates[5] == 0
     assert [rates[s] for s in (6, 10, 11)] == pytest.approx([1e-3 * 5 / 8, 1e-3 * 1 / 8, 0])
-    run = server.run(*flags, "--max_steps", 9)
+    run = server.run(*given, "--max_steps", 9)
     assert run.codes == [2] and "already reached step 11, but it should end at step 9" in run.text()
 
 
 def test_a_run_on_two_three_one_and_two_processes_equals_one_on_two(server, eight_steps, tmp_path):
     """12 prompts a step: 2 x 1 x 6, 3 x 1 x 4, 1 x 1 x 12, 2 x 1 x 6. Equal to 1e-5, because the order of sums differs."""
-    flags = [*eight_steps, "--gradient_accumulation_steps", 6]
-    assert server.run(*flags, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
+    given = [*eight_steps, "--gradient_accumulation_steps", 6]
+    assert server.run(*given, "--output_dir", tmp_path / "straight", world=2).codes == [0, 0]
     for world, steps, micro_steps in ((2, 2, 6), (3, 4, 4), (1, 6, 12), (2, 8, 6)):
-        run = server.run(*flags, "--max_steps", steps, "--output_dir", tmp_path / "changing", world=world)
+        run = server.run(*given, "--max_steps", steps, "--output_dir", tmp_path / "changing", world=world)
         assert run.codes == [0] * world, run.text()
         assert f"--gradient_accumulation_steps {micro_steps}\n" in run.text()
     # Each of the four runs evaluated at its end, too.
@@ -181,10 +172,10 @@ def test_impossible_resumptions_are_refused(server, eight_steps, finished, choic
 
 def test_a_killed_run_that_started_from_another_checkpoint_starts_there_again(server, eight_steps, finished, tmp_path):
     """It was killed before its first checkpoint. The rows it had logged are removed."""
-    flags = [*eight_steps, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
+    given = [*eight_steps, *flags(output_dir=tmp_path / "new", resume_from_checkpoint=finished / "checkpoint-4")]
     kill = "import os; train.checkpoint.save = lambda *_: os.kill(os.getpid(), 9)"
-    assert server.run(*flags, patch=kill).codes == [-9] and rows_without_speeds(tmp_path / "new")
-    run = server.run(*flags)
+    assert server.run(*given, patch=kill).codes == [-9] and rows_without_speeds(tmp_path / "new")
+    run = server.run(*given)
     assert run.codes == [0], run.text()
     assert rows_without_speeds(tmp_path / "new") == [row for row in rows_without_speeds(finished) if row["step"] > 4]
 

@@ -139,24 +139,26 @@ def test_a_line_that_is_not_an_object_is_named_with_its_number(tmp_path, line, w
     assert len(message) < 500 + len(str(path))
 
 
-def test_an_array_that_is_not_json_is_named_with_its_line(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(f"[\n{GOOD},\n{GOOD}\n{GOOD}\n]")
-    assert refusal(read_rows, str(path)).startswith(f"{path}:4: not JSON (Expecting ',' delimiter")
-    path.write_text('[{"margin": ' + "9" * 5000 + "}]")
-    assert refusal(read_rows, str(path)).startswith(f"{path}:1: not JSON (Exceeds the limit")
+HEAD, NUMBER = "prompt,chosen,rejected\n", '[{"margin": ' + "9" * 5000 + "}]"
 
 
-def test_a_comma_without_quotes_does_not_truncate_an_answer(tmp_path):
-    (tmp_path / "x.csv").write_text(f"prompt,chosen,rejected\np,{NINE},{ELEVEN}\np,{NINE},well, {ELEVEN}\n")
-    message = refusal(read_rows, f"{tmp_path}/x.csv")
-    assert message == f"{tmp_path}/x.csv:3: 4 fields for 3 columns; put texts that contain commas in double quotes"
-
-
-def test_a_csv_with_an_unterminated_quote_is_refused(tmp_path):
-    (tmp_path / "x.csv").write_text(f'prompt,chosen,rejected\np,"{NINE},{ELEVEN}\np,a,b\n')
-    message = refusal(read_rows, f"{tmp_path}/x.csv")
-    assert message == f"{tmp_path}/x.csv:2: not CSV (unexpected end of data)"
+@pytest.mark.parametrize(
+    "suffix, content, wanted",
+    [
+        ("json", f"[\n{GOOD},\n{GOOD}\n{GOOD}\n]", "4: not JSON (Expecting ',' delimiter"),
+        ("json", NUMBER, "1: not JSON (Exceeds the limit"),
+        ("json", f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}\n", "3: not JSON ("),  # JSON lines in a .json file
+        ("json", f"[{GOOD},\n{GOOD},\n".encode() + b'{"chosen": "\xff"}]', "3: not UTF-8 (invalid start byte)"),
+        ("csv", f"{HEAD}p,{NINE},{ELEVEN}\np,{NINE},well, {ELEVEN}\n",
+         "3: 4 fields for 3 columns; put texts that contain commas in double quotes"),
+        ("csv", f'{HEAD}p,"{NINE},{ELEVEN}\np,a,b\n', "2: not CSV (unexpected end of data)"),
+    ],
+    ids=["array", "number", "lines", "bytes", "comma", "quote"],
+)  # fmt: skip
+def test_a_broken_file_is_refused_with_its_line(tmp_path, suffix, content, wanted):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refusal(read_rows, str(path)).startswith(f"{path}:{wanted}")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
@@ -168,11 +170,6 @@ def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path, suffix):
     path.write_bytes("\n".join(lines).encode("latin-1"))
     message = refusal(read_rows, str(path))
     assert message == f"{path}:502: not UTF-8 (invalid continuation byte); save the file as UTF-8"
-
-
-def test_bytes_that_are_not_utf8_in_an_array_are_named_with_their_line(tmp_path):
-    (tmp_path / "x.json").write_bytes(f"[{GOOD},\n{GOOD},\n".encode() + b'{"chosen": "\xff"}]')
-    assert refusal(read_rows, f"{tmp_path}/x.json").startswith(f"{tmp_path}/x.json:3: not UTF-8 (invalid start byte)")
 
 
 def test_a_damaged_parquet_file_is_refused_once(tmp_path, caplog, monkeypatch):
@@ -291,11 +288,6 @@ def test_an_object_whose_messages_are_a_list_is_one_row(tmp_path):
     assert rows_of(tmp_path / "x.json") == [row]
     (tmp_path / "x.json").write_text(json.dumps({"data": [row], "version": 1}))
     assert rows_of(tmp_path / "x.json") == [row]
-
-
-def test_a_broken_line_of_a_json_file_in_json_lines_is_named(tmp_path):
-    (tmp_path / "x.json").write_text(f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}\n")
-    assert refusal(rows_of, tmp_path / "x.json").startswith(f"{tmp_path}/x.json:3: not JSON (")
 
 
 def test_unread_files_of_a_folder_are_named(tmp_path):
