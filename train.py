@@ -159,7 +159,7 @@ def train(args: argparse.Namespace, watch: Watch) -> None:
     inputs = read_inputs(args, processes)
     output, dtype, model = Path(args.output_dir), shard.DTYPES[args.precision], inputs.model
     if inputs.why:
-        print0(f"--precision auto is {args.precision}, {inputs.why}")
+        print0(f"--precision auto chose {args.precision} {inputs.why}")
     resumed = run.begin(args, inputs.data, inputs.config, inputs.tokenizer, processes)
     start, skipped, result, best = (resumed.state[k] for k in ("step", "skipped_steps", "result", "best"))
     epoch_steps, total_steps = resumed.epoch_steps, resumed.total_steps

@@ -40,7 +40,9 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
         return None if (visible == real).all() else visible.long().to(device or segments.device)
 
     if config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(f"no mask for shared rows under attn_implementation={config._attn_implementation!r}")
+        raise ValueError(
+            f"cannot build a mask for shared rows with attn_implementation={config._attn_implementation!r}"
+        )
     segments, positions, visible = (x.to(device or x.device, non_blocking=True) for x in (segments, positions, visible))
     allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; updated in place: 64 MiB at L = 8192
     allowed |= (segments == 0)[:, None, :]
@@ -52,7 +54,7 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
         chunk = getattr(config, "attention_chunk_size", None)
         near = {"full_attention": {}, "sliding_attention": {"window": window}, "chunked_attention": {"chunk": chunk}}
         if unknown := set(layer_types) - set(near):
-            raise ValueError(f"no mask for shared rows in layers of type {', '.join(sorted(unknown))}")
+            raise ValueError(f"cannot build a mask for shared rows in layers of type {', '.join(sorted(unknown))}")
         return {kind: _additive(allowed, positions, dtype, **near[kind]) for kind in set(layer_types)}
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own window counts by index in the row
         return torch.cat([_additive(allowed, positions, dtype, w) for w in (None, config.window_size)], dim=1)

@@ -49,7 +49,7 @@ def check_flags(args: Namespace, parser: ArgumentParser, words: Sequence[str]) -
                 raise InputError(f"--{name} cannot be combined with --loss trlx; omit it, or choose another --loss")
     for name in set(args.report_to) - {"none"}:
         if not getattr(find_spec(name), "origin", None):  # None: only a folder with that name
-            raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}")
+            raise InputError(f"--report_to {name}: {name} is not installed; run: pip install {name}")
     idle = {
         "--eval_fraction": args.eval_data, "--num_train_epochs": args.max_steps >= 0,
         "--warmup_steps": args.lr_scheduler_type == "constant", "--train_embeddings": args.freeze_ratio == 0,

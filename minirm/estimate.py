@@ -161,12 +161,12 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
             # gradients arrive in the compute precision and are reduced in fp32.
             "trained parameters, gathered": trained * sent_as if once else 2 * unit * sent_as,
             "frozen parameters, gathered": 0 if stay else 2 * frozen_unit * number,
-            "gradients on their way": unit * (sent_as + 4),
-            "activations, gradients of a lone micro-step": meter.peak,
+            "gradients being reduced": unit * (sent_as + 4),
+            "activations, gradients of a single micro-step": meter.peak,
         },
-        "in the optimizer's step": {"gradients, fp32": on_device, "AdamW at work, fp32": on_device},
-        "in host memory, a process": {"parameters, gradients, moments": 4 * share + frozen_shard if offload else 0},
-        "sent by a device in a step": {
+        "in the optimizer's step": {"gradients, fp32": on_device, "AdamW's temporaries, fp32": on_device},
+        "in host memory, per process": {"parameters, gradients, moments": 4 * share + frozen_shard if offload else 0},
+        "sent per device and step": {
             "trained units gathered": (gathers / micro_steps if once else 2 * gathers) * sent_as * trained,
             "frozen units gathered": 0 if stay else (2 if args.lora_rank else 1) * gathers * number * frozen,
             "gradients reduced, fp32": 4 * trained * (1 - 1 / shards),
@@ -187,26 +187,26 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
 def table(found: dict[str, Any], args: Namespace) -> str:
     """Format the result of `estimate` for people."""
     (memory, flops, bandwidth), computing, sending = args.device, found["computing"], found["sending"]
-    shared = f"; {found['shards']} share a copy of what is trained" if args.world_size > 1 else ""
+    shared = f"; {found['shards']} devices share one copy of the trained parameters" if args.world_size > 1 else ""
     lines = [
         f"{found['trained']:,} parameters trained, {found['frozen']:,} frozen",
-        f"{args.world_size} devices of {memory:g} GB that compute {flops:g} TFLOP/s and send {bandwidth:g} GB/s{shared}",
-        f"{found['micro_steps']} micro-steps a step, each of {found['rows']} rows of {found['length']} tokens, "
-        + "the longest that prompts of one comparison can make",
+        f"{args.world_size} devices with {memory:g} GB, {flops:g} TFLOP/s and {bandwidth:g} GB/s each{shared}",
+        f"{found['micro_steps']} micro-steps per step, each of {found['rows']} rows of {found['length']} tokens "
+        + "(the longest that prompts with one comparison can be)",
     ]
     for title, part in found["parts"].items():
         shown = [f"  {name:<46}{value / 1e9:>10,.3f}" for name, value in part.items() if value]
         lines += ["", f"{title}, GB", *shown] if shown else []
     share = found["peak"] / (memory * 1e9)
     fits = "it fits" if share <= USABLE else (
-        f"IT DOES NOT FIT, since {1 - USABLE:.0%} should be left to CUDA; more devices, --gradient_checkpointing, "
-        "--gradient_accumulation_steps 1 or --cpu_offload need less"
+        f"IT DOES NOT FIT, because {1 - USABLE:.0%} should be left to CUDA; try more devices, --gradient_checkpointing, "
+        "--gradient_accumulation_steps 1, --lora_rank or --cpu_offload"
     )  # fmt: skip
     seconds = f"{max(computing, sending):.3f} s if all of it overlaps, {computing + sending:.3f} s if none does"
     lines += [
-        f"\na step: {found['forward FLOP'] / 1e12:,.1f} TFLOP a device forward, {found['backward FLOP'] / 1e12:,.1f} backward",
+        f"\nper step: {found['forward FLOP'] / 1e12:,.1f} TFLOP per device forward, {found['backward FLOP'] / 1e12:,.1f} backward",
         f"        {computing:.3f} s computing, {sending:.3f} s sending: {seconds}",
-        f"memory: {found['peak'] / 1e9:,.1f} GB at most, {share:.0%} of a device: {fits}",
+        f"memory: {found['peak'] / 1e9:,.1f} GB peak, {share:.0%} of a device: {fits}",
     ]
     return "\n".join(lines)
 

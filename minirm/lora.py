@@ -60,7 +60,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
             module.register_forward_hook(adapter.hook)
             block.has_adapters = True
     if not model.lora:
-        raise ValueError("the blocks to train have no linear layers; drop --lora_rank or lower --freeze_ratio")
+        raise ValueError("the blocks to train have no linear layers; omit --lora_rank or lower --freeze_ratio")
 
 
 def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:

@@ -50,7 +50,7 @@ def probe_shared_rows(config, max_length=math.inf) -> str | None:
     try:
         return _inexact(config, "shared", max_length)
     except Exception as error:  # noqa: BLE001, any failure is a reason to refuse
-        return f"{config.model_type}: shared rows fail ({type(error).__name__}: {one_line(error)[:200]})"
+        return f"{config.model_type}: the model fails on shared rows ({type(error).__name__}: {one_line(error)[:200]})"
 
 
 def probe_separate_rows(config, max_length=math.inf) -> str | None:

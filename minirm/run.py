@@ -71,7 +71,7 @@ def check_output(output: Path, choice: str) -> None:
 
 def hold(output: Path) -> None:
     """Create the folder, and lock it until this process ends or holds another one."""
-    with refusing(f"--output_dir {output}: cannot be made", OSError, "; choose another folder"):
+    with refusing(f"--output_dir {output}: cannot be created", OSError, "; choose another folder"):
         output.mkdir(parents=True, exist_ok=True)
     while _held:
         os.close(_held.pop())
@@ -180,7 +180,7 @@ def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
         return asked
     if processes == run.state["processes"] or whole % product:
         raise InputError(
-            f"the run has {whole} prompts a step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
+            f"the run has {whole} prompts per step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
             f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that both agree"
         )
     return whole // product

@@ -152,13 +152,13 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
     """
     if not frozen.layers:
         raise InputError(
-            f"--cache_trunk: --freeze_ratio {args.freeze_ratio} freezes no layer; raise it, or drop --cache_trunk"
+            f"--cache_trunk: --freeze_ratio {args.freeze_ratio} freezes no layer; raise it, or omit --cache_trunk"
         )
     # Each batch has two rows, and the second one is padded.
     batches = [probe.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
     # Any failure is a reason to refuse.
     what = f"--cache_trunk: not possible for {config.model_type}"
-    with refusing(what, advice="; drop --cache_trunk"), probe.trying():
+    with refusing(what, advice="; omit --cache_trunk"), probe.trying():
         model = probe.small_model(config, args.max_length)
         ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5
         below = freeze_bottom_layers(model, ratio, embeddings=not args.train_embeddings).layers
@@ -220,6 +220,6 @@ def open_folder(
     sizes = f"need {needed / 1e6:,.1f} MB; {there / 1e6:,.1f} MB are cached already, {free / 1e6:,.1f} MB are free"
     sizes = f"the frozen layers' outputs for {counts['prompts']:,} prompts {sizes}"
     if needed - there > free:
-        raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or drop --cache_trunk")
+        raise InputError(f"--cache_trunk {args.cache_trunk}: {sizes}; choose another folder, or omit --cache_trunk")
     print(f"--cache_trunk: {sizes}\n")
     return folder

@@ -30,7 +30,7 @@ from minirm.estimate import estimate
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 memory = importlib.import_module("memory")
 
-SENT, ACTIVATIONS = "sent by a device in a step", "activations, gradients of a lone micro-step"
+SENT, ACTIVATIONS = "sent per device and step", "activations, gradients of a single micro-step"
 TRAINED, FROZEN = 1_610_854_400, 4_233_543_680
 FORWARD, BACKWARD = 4 * 12_956_816_998_400, 4 * 7_483_206_860_800
 
@@ -148,7 +148,7 @@ def test_plan_needs_no_weights_and_no_data_and_writes_nothing(model_folder, tmp_
         (folder / path.name).write_bytes(path.read_bytes())
     assert train.main(["--plan", "--model", str(folder), "--world_size", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "4 devices of 80 GB" in shown and "float16" in shown and "it fits" in shown
+    assert "4 devices with 80 GB" in shown and "float16" in shown and "it fits" in shown
     assert train.main(["--plan", "--model", str(folder), "--device", "0.001", "1", "1", "--precision", "bf16"]) == 0
     shown = capsys.readouterr().out
     assert "IT DOES NOT FIT" in shown and "bfloat16" in shown

@@ -133,7 +133,7 @@ def test_the_global_batch_is_kept_or_refused_with_both_numbers():
     assert accumulation(run, 4, 1, 4) == 2
     assert accumulation(run, 1, 2, 4) == 4
     for processes, batch_size, asked in ((3, 1, 4), (2, 1, 8), (16, 1, 1)):
-        with pytest.raises(InputError, match=f"8 prompts a step.* are {processes * batch_size * asked};"):
+        with pytest.raises(InputError, match=f"8 prompts per step.* are {processes * batch_size * asked};"):
             accumulation(run, processes, batch_size, asked)
 
 

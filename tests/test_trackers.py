@@ -99,7 +99,7 @@ def test_a_missing_tracker_is_refused_with_the_command_to_install_it(tmp_path, m
     (tmp_path / "wandb").mkdir()  # wandb itself leaves such a folder behind; it is not the package
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(InputError, match="--report_to wandb: wandb is not installed; pip install wandb"):
+    with pytest.raises(InputError, match="--report_to wandb: wandb is not installed; run: pip install wandb"):
         train.parse_args(["--report_to", "wandb"])
     assert train.parse_args([]).report_to == ["none"]
 

@@ -125,7 +125,7 @@ def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
     if not splits and not source.parts:
         return files
     if wanted not in splits:
-        advice = f"found {', '.join(sorted(splits))}; use {source.place}:{min(splits)}" if splits else "drop the split"
+        advice = f"found {', '.join(sorted(splits))}; use {source.place}:{min(splits)}" if splits else "omit the split"
         raise InputError(f"{source.typed}: no file name contains the split {wanted}; {advice}")
     return [file for file, split in found.items() if split == wanted]
 

@@ -116,7 +116,7 @@ def main() -> None:
                 totals.append(sent)
             flags = ["--model", str(folder / "model"), "--plan", "--world_size", str(world), "--device", "80", "1", "1"]
             found = estimate(config, train.parse_args(flags), torch.float32, "shared")["parts"]
-            found = found["sent by a device in a step"]
+            found = found["sent per device and step"]
             gathered = sum(v for k, v in found.items() if "gathered" in k)
             for key, value in (("gathered", gathered), ("reduced", found["gradients reduced, fp32"])):
                 counted = (totals[1][key] - totals[0][key]) / 2
