@@ -52,6 +52,11 @@ GEMMA = NARROW | {
 }  # fmt: skip
 GEMMA_4 = GEMMA | {"global_head_dim": 16, "num_kv_shared_layers": 0}
 BY_HAND = {  # families whose sizes depend on each other
+    "bailing_hybrid": NARROW | {
+        "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 2,
+        "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 8, "n_group": 1,
+        "topk_group": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    },
     "bamba": NARROW | MAMBA_2 | {"attn_layer_indices": [1]},
     "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},  # needs a multiple of four heads
     "doge": NARROW | {"keep_window_size": 2048},  # beyond this many tokens it also attends to later ones
@@ -70,6 +75,9 @@ BY_HAND = {  # families whose sizes depend on each other
     "recurrent_gemma": NARROW | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "mamba2": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8,
+    },
+    "zamba2": NARROW | {
+        "layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 2, "mamba_d_state": 8, "chunk_size": 8,
     },
 }  # fmt: skip
 
