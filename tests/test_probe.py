@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_attention import FAMILIES, LLAMA, REFUSED, WINDOW
 from transformers import CONFIG_MAPPING
 from transformers.utils import logging
@@ -56,7 +58,8 @@ def test_a_model_that_padding_disturbs_is_refused(asked):
     with pytest.raises(InputError, match=refused):
         choose_layout(CONFIG_MAPPING["cpmant"](vocab_size=64, **small), "some/model", asked, 550)
     doge = CONFIG_MAPPING["doge"]()
-    assert choose_layout(doge, "some/model", asked, 1024) == (asked, None)  # no row has more keys
+    if Version(transformers.__version__) >= Version("5.24"):  # in 5.17 any padding disturbs it
+        assert choose_layout(doge, "some/model", asked, 1024) == (asked, None)  # no row has more keys
     with pytest.raises(InputError, match=refused):
         choose_layout(doge, "some/model", asked, 4096)
 
