@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,18 +46,13 @@ class Source(NamedTuple):
 
 def parse(source: str) -> Source:
     """Parse a source. Raises InputError for an invalid amount."""
-    place, rows, share = source, None, 1.0
+    place, rows, share, parts = source, None, 1.0, []
     if (amount := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)) and not Path(source).exists():
         place, number = amount.groups()
-        if "." in number:
-            share = float(number)
-        else:
-            rows = int(number)
+        rows, share = (None, float(number)) if "." in number else (int(number), 1.0)
         if rows == 0 or not 0 < share <= 1:
-            raise InputError(
-                f"{source}: @{number} must be a number of rows, as in @1000, or a share up to 1, as in @0.5"
-            )
-    parts: list[str] = []
+            expected = "a number of rows, as in @1000, or a share up to 1, as in @0.5"
+            raise InputError(f"{source}: @{number} must be {expected}")
     # A colon may also be part of a file name or a URL.
     while not Path(place).exists() and len(parts) < 2 and re.search(r":(?!//)[^:/\\]*$", place):
         place, _, part = place.rpartition(":")
@@ -77,9 +73,8 @@ def files_of(source: Source) -> list[str] | None:
     place, local = source.place, "://" not in source.place
     if re.search(r"[*?[]", place.partition("?")[0] if "://" in place else place) and not Path(place).exists():
         fs, pattern = fsspec.core.url_to_fs(place)
-        found = [
-            fs.unstrip_protocol(path).removeprefix("file://") for path in sorted(fs.glob(pattern)) if kind_of(path)
-        ]
+        paths = filter(kind_of, sorted(fs.glob(pattern)))
+        found = [fs.unstrip_protocol(path).removeprefix("file://") for path in paths]
     elif local and Path(place).is_dir() and not kind_of(place):
         folder = Path(place)
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
@@ -107,11 +102,8 @@ def left_out(source: str) -> list[str]:
 
 
 def _files_in(folder: Path) -> list[str]:
-    return [
-        str(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and kind_of(path.name) and not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())
-    ]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name))
+    return [str(path) for path in files if not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())]
 
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
@@ -171,16 +163,23 @@ def _numbered(name: str, rows) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{name}, row {number + 1}: cannot be read ({one_line(error)})") from None
 
 
+@contextmanager
+def _reachable(file: str) -> Iterator[None]:
+    """Turn the errors of a file system, or that its package is missing, into an InputError."""
+    try:
+        yield
+    except ImportError as error:  # s3fs or similar
+        raise InputError(f"{file}: {one_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - each file system has its own errors
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
+
+
 def _open(file: str, **text):
     """Open a file or URL, decompressed: as binary, or as text with encoding=... . Raises InputError if that fails."""
     if Path(file.partition("?")[0]).suffix == ".zst" and "zstd" not in fsspec.available_compressions():
         raise InputError(f"{file}: zstandard is not installed; run: pip install zstandard")
-    try:
+    with _reachable(file):
         return fsspec.open(file, "rt" if text else "rb", compression="infer", **text).open()
-    except ImportError as error:  # s3fs or similar
-        raise InputError(f"{file}: {one_line(error)}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
 
 
 def _read_parquet(file: str) -> Iterator[dict]:
@@ -218,10 +217,8 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{file}:1: two columns have the name {shown(twice[0])}; rename one of them")
         other = re.search(r"[;|\t]", (reader.fieldnames or [""])[0])
         if other and len(reader.fieldnames) == 1:
-            raise InputError(
-                f"{file}:1: only one column, {shown(reader.fieldnames[0])}; separate columns by commas in .csv and by "
-                f"tabs in .tsv, not by {json.dumps(other[0])}"
-            )
+            advice = f"separate columns by commas in .csv and by tabs in .tsv, not by {json.dumps(other[0])}"
+            raise InputError(f"{file}:1: only one column, {shown(reader.fieldnames[0])}; {advice}")
         for row in reader:
             if None in row:  # an unquoted comma would silently truncate the text
                 fields = f"{len(row) - 1 + len(row[None])} fields for {len(reader.fieldnames)} columns"
@@ -229,9 +226,8 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{file}:{reader.line_num}: {fields}; {advice}")
             yield f"{file}:{reader.line_num}", row
     except csv.Error as error:  # the row begins on the line after the last good row
-        raise InputError(
-            f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
-        ) from None
+        why = f"not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
+        raise InputError(f"{file}:{reader.line_num + 1}: {why}") from None
 
 
 def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
@@ -316,9 +312,8 @@ def _load(source: Source) -> datasets.Dataset:
                 raise InputError(f"{source.typed}: the folder contains one dataset without splits; use {source.place}")
             return loaded
         if split not in loaded:
-            raise InputError(
-                f"{source.typed}: no split {split}; found {', '.join(loaded)}; use {source.place}:{min(loaded)}"
-            )
+            advice = f"found {', '.join(loaded)}; use {source.place}:{min(loaded)}"
+            raise InputError(f"{source.typed}: no split {split}; {advice}")
         return loaded[split]
     with refusing(f"{source.typed}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors
         try:
@@ -337,15 +332,7 @@ def fingerprint(source: str) -> str:
         return _load(parsed)._fingerprint
     prints = []
     for file in files:
-        try:
-            if "://" in file:
-                fs, path = fsspec.core.url_to_fs(file)
-                prints.append(str(fs.ukey(path)))
-            else:
-                prints.append(file_digest(Path(file)))
-        except ImportError as error:
-            raise InputError(f"{file}: {one_line(error)}") from None
-        except Exception as error:  # noqa: BLE001 - each file system has its own errors
-            why = getattr(error, "strerror", None) or one_line(error)
-            raise InputError(f"{file}: {why}; expected {A_FILE}") from None
+        with _reachable(file):
+            fs, path = fsspec.core.url_to_fs(file)
+            prints.append(str(fs.ukey(path)) if "://" in file else file_digest(Path(file)))
     return " ".join(prints)
