@@ -54,8 +54,6 @@ TEXTS = datasets.Features(
     source=INT,  # index of the file
     where=TEXT,  # "file:line"
 )
-
-
 FEATURES = datasets.Features(
     prefix=List(INT),
     completions=List(List(INT)),
@@ -80,21 +78,14 @@ class Prepared(NamedTuple):
 
 
 def read_texts(
-    source: str,
-    tokenizer,
-    separator: str,
-    report: dict,
-    keep: str = "worth",
-    number: int = 0,
-    columns: dict[str, str] | None = None,
+    source: str, tokenizer, separator: str, report: dict, keep: str = "worth", columns: dict | None = None
 ) -> Iterator[dict]:
-    """Yield the examples of a source as TEXTS. Raises InputError for a bad row.
+    """Yield the examples of a source as TEXTS without `source`. Raises InputError for a bad row.
 
     Args:
         report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
         keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on
             an evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
-        number: index of the source.
         columns: see `schemas.rename`.
     """
     counts: Counter = Counter()
@@ -119,7 +110,7 @@ def read_texts(
                 pairs.append(pair)
         counts["read"] += len(compared) + ties
         counts["dropped: tie"] += ties
-        whole = "\n".join([*map(said, prompt), *answers]) if chat else "\n".join([prompt, *answers])
+        whole = "\n".join([*(map(said, prompt) if chat else [prompt]), *answers])
         counts["special tokens in the text"] += bool(special.search(whole))
         report.update(counts)
         if not pairs and keep != "all":
@@ -132,13 +123,11 @@ def read_texts(
         chosen, rejected, margin = zip(*pairs) if pairs else ((), (), ())
         yield {
             "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
-            "rejected": rejected, "margin": margin, "subset": subset, "id": row_id, "source": number, "where": where,
+            "rejected": rejected, "margin": margin, "subset": subset, "id": row_id, "where": where,
         }  # fmt: skip
 
 
-def read_examples(
-    source: str, report: dict, columns: dict[str, str] | None = None
-) -> Iterator[tuple[str, schemas.Example]]:
+def read_examples(source: str, report: dict, columns: dict | None = None) -> Iterator[tuple[str, schemas.Example]]:
     """Yield (where, Example) for a source. Rows with one answer and its score are ranked by prompt, after the last one."""
     schema, scored = None, {}
     for where, row in read_rows(source):
@@ -167,8 +156,7 @@ def said(message: dict) -> str:
     return message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation of all data, once
+# -- Preparation of all data, once. -----------------------------------------------------------------------------------
 class Texts(NamedTuple):
     rows: datasets.Dataset  # N rows of TEXTS
     keys: Tensor  # [N] int64: equal for examples of the same prompt
@@ -183,18 +171,16 @@ class Texts(NamedTuple):
             row[what] = n
 
 
-def store(
-    path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict[str, str] | None = None
-) -> Texts:
+def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict | None) -> Texts:
     """Write all examples of some sources to a file."""
     numbers, report = array("q"), [{"source": source, "read": 0, "not read": left_out(source)} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
-            examples = read_texts(source, tokenizer, separator, report[number], keep, number, columns)
+            examples = read_texts(source, tokenizer, separator, report[number], keep, columns)
             what = f"reading {printable(source)}"
             for example in tqdm(examples, what, unit=" prompts", leave=False, disable=None):
                 numbers.extend((prompt_key(example), number, len(example["chosen"])))
-                writer.write(example)
+                writer.write(example | {"source": number})
         writer.finalize()
     return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(numbers).long().view(-1, 3).unbind(1), report)
 
@@ -206,13 +192,8 @@ def prompt_key(example: dict) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """Yield CHUNK prompts at a time, each a list of its chosen ([N] bool) examples, in order of first occurrence."""
-    return (read_prompts(texts, *chunk) for chunk in chunks(texts, chosen))
-
-
 def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For CHUNK prompts at a time: the number of chosen examples of each, and the rows of all of them."""
+    """CHUNK prompts at a time, in order of first occurrence: each one's number of chosen ([N] bool) examples, their rows."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
