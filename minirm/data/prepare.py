@@ -11,7 +11,6 @@ Prompt and answer are tokenised together, as one text, so that any other program
 are memory-mapped from disk; an example takes 24 bytes of memory.
 """
 
-import gc
 import hashlib
 import json
 import re
@@ -42,13 +41,12 @@ from minirm.files import whole_folder
 MIN_WORDS = 5  # shorter answers are dropped, as in the published recipe
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, few enough for memory
 INT, FLOAT, TEXT = Value("int32"), Value("float32"), Value("string")
+COMPARED = {"chosen": List(INT), "rejected": List(INT), "margin": List(FLOAT)}  # per comparison; margin 0: none
 TEXTS = datasets.Features(
     prompt=TEXT,  # messages: as JSON
     texts=List(TEXT),  # prompt and completion joined, one per completion
     chat=Value("bool"),  # rendered by the chat template, including special tokens
-    chosen=List(INT),  # one entry per comparison: index into texts
-    rejected=List(INT),
-    margin=List(FLOAT),  # 0: none
+    **COMPARED,  # indices into texts
     subset=TEXT,
     id=TEXT,  # row id, if a benchmark needs it
     source=INT,  # index of the file
@@ -57,9 +55,7 @@ TEXTS = datasets.Features(
 FEATURES = datasets.Features(
     prefix=List(INT),
     completions=List(List(INT)),
-    chosen=List(INT),
-    rejected=List(INT),
-    margin=List(FLOAT),
+    **COMPARED,  # indices into completions
     subset=List(TEXT),
     source=List(INT),
     pairs=INT,
@@ -82,11 +78,9 @@ def read_texts(
 ) -> Iterator[dict]:
     """Yield the examples of a source as TEXTS without `source`. Raises InputError for a bad row.
 
-    Args:
-        report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
-        keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on
-            an evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
-        columns: see `schemas.rename`.
+    report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
+    keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on an
+    evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
     """
     counts: Counter = Counter()
     tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
@@ -100,12 +94,11 @@ def read_texts(
         pairs = []
         for pair in compared:
             chosen, rejected = answers[pair[0]], answers[pair[1]]
-            if keep == "worth" and odd:
-                counts[f"dropped: {odd}"] += 1
-            elif keep == "worth" and chosen == rejected:
-                counts["dropped: identical answers"] += 1
-            elif keep == "worth" and min(len(side.split(None, MIN_WORDS)) for side in (chosen, rejected)) < MIN_WORDS:
-                counts[f"dropped: answer under {MIN_WORDS} words"] += 1
+            reason = odd or ("identical answers" if chosen == rejected else "")
+            if any(len(side.split(None, MIN_WORDS)) < MIN_WORDS for side in (chosen, rejected)):
+                reason = reason or f"answer under {MIN_WORDS} words"
+            if keep == "worth" and reason:
+                counts[f"dropped: {reason}"] += 1
             else:
                 pairs.append(pair)
         counts["read"] += len(compared) + ties
@@ -115,11 +108,8 @@ def read_texts(
         report.update(counts)
         if not pairs and keep != "all":
             continue
-        if chat:
-            texts = [render(tokenizer, prompt + turns, where) for turns in completions]
-        else:
-            own_separator = separator if own_separator is None else own_separator
-            texts = [join(prompt, answer, own_separator) for answer in completions]
+        between = separator if own_separator is None else own_separator
+        texts = [render(tokenizer, prompt + c, where) if chat else join(prompt, c, between) for c in completions]
         chosen, rejected, margin = zip(*pairs) if pairs else ((), (), ())
         yield {
             "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
@@ -245,16 +235,12 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        gc.freeze()  # collecting garbage among imported objects again and again takes a fifth of the time
-        try:
-            with whole_folder(folder) as new:
-                more = (eval_fraction, separator, seed, rules, columns)
-                report = write_groups(new, tokenizer, train_data, eval_data, *more)
-                (new / "report.json").write_text(json.dumps(report))
-                for path in new.glob("*.texts"):
-                    path.unlink()
-        finally:
-            gc.unfreeze()
+        with whole_folder(folder) as new:
+            more = (eval_fraction, separator, seed, rules, columns)
+            report = write_groups(new, tokenizer, train_data, eval_data, *more)
+            (new / "report.json").write_text(json.dumps(report))
+            for path in new.glob("*.texts"):
+                path.unlink()
     report = json.loads((folder / "report.json").read_text())
     for part, named in (("train", train_data), ("eval", eval_data or train_data)):
         total = totals(report[part])
@@ -293,7 +279,7 @@ def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separa
             tqdm(total=sum(len(sizes) for sizes, _ in todo), desc="tokenising", unit=" prompts", leave=False, disable=None) as bar,
         ):  # fmt: skip
             for groups, own in on_all_cores(job, todo):
-                writer.write_table(pyarrow.ipc.open_stream(groups).read_all())
+                writer.write_table(groups)
                 counts = [totals(both) for both in zip(counts, own)]
                 bar.update(CHUNK)
             writer.finalize()
@@ -301,14 +287,11 @@ def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separa
     return report
 
 
-def groups_of(texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor) -> tuple[bytes, list]:
-    """The groups of one item of `chunks`, as an Arrow stream, and each source's counts (see `tokenise`)."""
+def groups_of(texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor) -> tuple:
+    """(pyarrow.Table of the groups of one item of `chunks`, [each source's counts]). See `tokenise`."""
     counts = [Counter() for _ in texts.report]
     groups = [group for group, _ in tokenise(read_prompts(texts, sizes, rows), tokenizer, counts, keep=keep, **rules)]
-    stream = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(stream, FEATURES.arrow_schema) as out:
-        out.write_table(pyarrow.Table.from_pylist(groups, FEATURES.arrow_schema))
-    return stream.getvalue().to_pybytes(), counts
+    return pyarrow.Table.from_pylist(groups, FEATURES.arrow_schema), counts
 
 
 def totals(report: Iterable[Mapping]) -> Counter:
