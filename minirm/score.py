@@ -46,8 +46,7 @@ WORTH_SHARING = 0.9  # if a shared row has more than this share of the tokens, i
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m minirm.score", description=__doc__, formatter_class=raw)
+    parser = Parser("python -m minirm.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
     add("--model", required=True, help="name or folder of a reward model")
@@ -298,17 +297,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = run(parse_args(argv))
     except Stop as stop:
-        print(printable(f"minirm.score: {stop.args[0]}"), file=sys.stderr)
-        return stop.args[1]
+        line, code = stop.args
     except KeyboardInterrupt:
-        print("minirm.score: interrupted; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
+        line, code = "interrupted; nothing was written", 128 + signal.SIGINT
     except InputError as error:
-        print(printable(f"minirm.score: error: {error}"), file=sys.stderr)
-        return 2
-    print(table(result), file=sys.stderr)
-    print(as_json(result))
-    return 0
+        line, code = f"error: {error}", 2
+    else:
+        print(table(result), file=sys.stderr)
+        print(as_json(result))
+        return 0
+    print(printable(f"minirm.score: {line}"), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

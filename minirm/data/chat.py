@@ -30,8 +30,7 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     ends = bool(ids) and ids[-1] in special_ids(tokenizer)
     if ends and text == text.rstrip():
         return
-    # transformers' Jinja settings strip whitespace next to a block, except at a plus sign, and a template's last line
-    # break.
+    # transformers' Jinja strips whitespace next to a block, except at a plus sign, and a template's last line break.
     tokenizer.chat_template = (
         "{% set minirm_text +%}" + template.removesuffix("\n") + "{%+ endset %}{{ minirm_text if add_generation_prompt "
         "else " + ("minirm_text.rstrip()" if ends else "minirm_text + eos_token") + " }}"
