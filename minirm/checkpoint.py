@@ -47,7 +47,6 @@ def checkpoints(output: Path) -> dict[int, Path]:
     return dict(sorted(found, reverse=True))
 
 
-# -- Writing and reading. ---------------------------------------------------------------------------------------------
 def best_is_own(state: dict) -> bool:
     """Whether the best evaluation, if there is one, used the checkpoint's own parameters."""
     return state["best"].get("step", state["step"]) == state["step"]
@@ -71,8 +70,7 @@ def tensors(state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict
 def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, best: dict, limit: int, group) -> str:
     """Write checkpoint-<step> and keep the newest `limit` (0: all). All processes must call it. Returns a log line.
 
-    best: `copies` from the time of state["best"], or {}.
-    state: entries as in START, and perhaps more; all are the same on all processes, except state["sums"] [8].
+    state: see START; equal on all processes except state["sums"] [8]. best: `copies` from the time of state["best"].
     Raises Stop on every process if writing fails; earlier checkpoints stay untouched.
     """
     start = time.perf_counter()
@@ -91,8 +89,7 @@ def save(output: Path, state: dict, trained: dict[str, nn.Parameter], optimizer,
             state = state | {"sums": [sums for _, sums in everyone]}
             size = on_first_process(group, _complete, partial, final, state, digests, limit)
         except BaseException:  # CheckpointException derives from it
-            # A partial checkpoint only wastes space. This is not in `finally`, because a file system may show the old
-            # name to other processes even after the rename.
+            # Not in `finally`, because a file system may show the old name to other processes even after the rename.
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return f"saved {final.name}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s"
@@ -188,9 +185,7 @@ def verify(folder: Path) -> dict:
         raise ValueError(f"{STATE} has an unexpected form ({one_line(error)})") from None
 
 
-def load(
-    folder: Path, state: dict, trained: dict[str, nn.Parameter], optimizer, scheduler, scaler, group
-) -> dict[str, Tensor]:
+def load(folder: Path, state: dict, trained: dict, optimizer, scheduler, scaler, group) -> dict[str, Tensor]:
     """Restore a checkpoint in place, on any number of processes. All of them must call it.
 
     Returns the parameters from the time of state["best"], as `copies` does, or {}. Raises InputError if loading fails.

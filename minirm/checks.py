@@ -40,9 +40,8 @@ def check_flags(args: Namespace, parser: ArgumentParser, words: Sequence[str]) -
     elif not 0 < args.lora_alpha < math.inf:
         raise InputError(f"--lora_alpha must be positive, got {args.lora_alpha}")
     if args.lora_rank and args.train_embeddings:
-        raise InputError(
-            "--train_embeddings cannot be combined with --lora_rank, which trains only adapters in the blocks; omit one of them"
-        )
+        why = "--lora_rank, which trains only adapters in the blocks"
+        raise InputError(f"--train_embeddings cannot be combined with {why}; omit one of them")
     if args.loss == "trlx":  # must stay as published
         for name in ("pair_weight", "center_rewards_coefficient", "margin_scale"):
             if getattr(args, name) != parser.get_default(name):

@@ -15,10 +15,7 @@ class InputError(ValueError):
 
 @contextmanager
 def refusing(what: str, kinds=Exception, advice: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds into an InputError: `what (reason)advice`.
-
-    A full disk becomes a Stop, because it is not wrong input.
-    """
+    """Turn exceptions of these kinds into an InputError, `what (reason)advice`, and a full disk into a Stop."""
     try:
         yield
     except kinds as error:  # an OSError's own text names a path, perhaps a temporary one
@@ -52,10 +49,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Escape non-printable characters as Python does (\n, \x1b): one line that cannot control a terminal.
-
-    Use it for everything that comes from data, file names or model names.
-    """
+    r"""Escape non-printable characters (\n, \x1b): text from outside becomes a line that cannot control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 

@@ -133,9 +133,7 @@ def estimate(config, args: Namespace, dtype: torch.dtype, layout: str) -> dict[s
         return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
     number = dtype.itemsize  # bytes per number in the compute precision
-    sent_as = (
-        4 if args.lora_rank else number
-    )  # bytes that FSDP gathers per trained number: adapters are gathered with the head, in fp32
+    sent_as = 4 if args.lora_rank else number  # that FSDP gathers: adapters are gathered with the head, in fp32
     trained, frozen = count(model), count(model, trained=False)
     units = [count(block) for block in blocks]
     unit = max(*units, trained - sum(units))  # largest FSDP unit; the rest is a unit, too
@@ -198,10 +196,8 @@ def table(found: dict[str, Any], args: Namespace) -> str:
         shown = [f"  {name:<46}{value / 1e9:>10,.3f}" for name, value in part.items() if value]
         lines += ["", f"{title}, GB", *shown] if shown else []
     share = found["peak"] / (memory * 1e9)
-    fits = "it fits" if share <= USABLE else (
-        f"IT DOES NOT FIT, because {1 - USABLE:.0%} should be left to CUDA; try more devices, --gradient_checkpointing, "
-        "--gradient_accumulation_steps 1, --lora_rank or --cpu_offload"
-    )  # fmt: skip
+    less = "try more devices, --gradient_checkpointing, --gradient_accumulation_steps 1, --lora_rank or --cpu_offload"
+    fits = f"IT DOES NOT FIT, because {1 - USABLE:.0%} should be left to CUDA; {less}" if share > USABLE else "it fits"
     seconds = f"{max(computing, sending):.3f} s if all of it overlaps, {computing + sending:.3f} s if none does"
     lines += [
         f"\nper step: {found['forward FLOP'] / 1e12:,.1f} TFLOP per device forward, {found['backward FLOP'] / 1e12:,.1f} backward",
@@ -220,8 +216,7 @@ def show_plan(args: Namespace) -> None:
         raise InputError(f"--shard_size {args.shard_size} must divide --world_size, which is {args.world_size}")
     args.train_data = []  # not needed
     use_demo(args)
-    precision = choose_precision(args.model, "cuda", True)[0] if args.precision == "auto" else args.precision
-    dtype = DTYPES[precision]
+    dtype = DTYPES[choose_precision(args.model, "cuda", True)[0] if args.precision == "auto" else args.precision]
     config, _ = load_config(args.model, args.chat_template)
     layout, _ = choose_layout(config, args.model, args.row_layout, args.max_length)
     with refusing(f"--model {args.model}: cannot be planned", (ValueError, RuntimeError)):  # experts in fp32

@@ -28,10 +28,9 @@ class Feed:
             make_plan, world_size=processes.world_size, batch_size=args.per_device_train_batch_size,
             micro_batch_tokens=args.micro_batch_tokens, seed=args.seed,
         )  # fmt: skip
-        tokenizer = inputs.tokenizer
         self.collate = partial(
-            collate, row_layout=inputs.layout, pad_id=tokenizer.pad_token_id, row_limit=2 * args.max_length,
-            trlx_eos_id=tokenizer.eos_token_id if args.loss == "trlx" else None, pair_weight=args.pair_weight,
+            collate, row_layout=inputs.layout, pad_id=inputs.tokenizer.pad_token_id, row_limit=2 * args.max_length,
+            trlx_eos_id=inputs.tokenizer.eos_token_id if args.loss == "trlx" else None, pair_weight=args.pair_weight,
         )  # fmt: skip
 
     def train(self, start: int, stop: int) -> Iterator[tuple[int, Step, list[Batch]]]:

@@ -14,8 +14,6 @@ BELOW = r"(?<!un)emb|^project_in$|^per_layer_|^altup_projections$"
 
 
 class Frozen(NamedTuple):
-    """What `freeze_bottom_layers` froze."""
-
     layers: list[int]  # indices into the block list
     parameters: list[str]  # names, as in model.named_parameters()
     total_layers: int
@@ -31,11 +29,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     # A list inside a block, such as an expert's layers, is not the block list.
     found = [name for name in found if not any(name.startswith(outer + ".") for outer in found)]
     if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__}: expected one nn.ModuleList of decoder blocks called "
-            f"{', '.join(BLOCK_LIST_NAMES[:-1])} or {BLOCK_LIST_NAMES[-1]}; found {' and '.join(found) or 'none'}"
-            f" (its module lists: {', '.join(list(lists)[:8]) or 'none'})"
-        )
+        names = f"{', '.join(BLOCK_LIST_NAMES[:-1])} or {BLOCK_LIST_NAMES[-1]}"
+        got = f"found {' and '.join(found) or 'none'} (its module lists: {', '.join(list(lists)[:8]) or 'none'})"
+        raise ValueError(f"{type(model).__name__}: expected one nn.ModuleList of decoder blocks called {names}; {got}")
     return found[0], lists[found[0]]
 
 
@@ -65,18 +61,15 @@ def freeze_bottom_layers(model: nn.Module, ratio: float = 0.7, embeddings: bool 
     frozen_layers = len(blocks) - trained_layer_count(len(blocks), ratio)
     # Everything that feeds the first block, such as token and position embeddings. A single trainable parameter there
     # would make the backward pass cross every frozen block.
-    below = set()
-    for child_name, child in decoder.named_children():
-        if isinstance(child, nn.Embedding) or re.search(BELOW, child_name):
-            below |= {*child.parameters()}
+    inputs = [m for key, m in decoder.named_children() if isinstance(m, nn.Embedding) or re.search(BELOW, key)]
+    below = {p for module in inputs for p in module.parameters()}
     frozen = {*blocks[:frozen_layers].parameters()} if ratio < 1 else {*decoder.parameters()} - below
     if embeddings and ratio > 0:
         frozen |= below
     if frozen & {*blocks[frozen_layers:].parameters()}:
-        raise ValueError(
-            f"{type(model).__name__}: layers 0-{frozen_layers - 1} of {name} share weights with the layers above and "
-            "cannot be frozen without them; use a ratio of 0 or 1"
-        )
+        what = f"layers 0-{frozen_layers - 1} of {name} share weights with the layers above"
+        advice = "use a ratio of 0 or 1"
+        raise ValueError(f"{type(model).__name__}: {what} and cannot be frozen without them; {advice}")
     for p in frozen:
         p.requires_grad_(False)
     return Frozen(list(range(frozen_layers)), [n for n, p in model.named_parameters() if p in frozen], len(blocks))

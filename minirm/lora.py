@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from minirm.freeze import Frozen, find_blocks
+from minirm.shard import own_rows
 
 PREFIX = "lora."
 
@@ -36,8 +36,7 @@ class Adapter(nn.Module):
 def add_lora(model: nn.Module, rank: int, alpha: float, frozen: Frozen) -> None:
     """Freeze the whole trunk of an empty RewardModel and add adapters to the linear layers of the unfrozen blocks.
 
-    rank 0 changes nothing.
-    Raises ValueError if there are no linear layers, or if one shares its weight with another layer.
+    rank 0 changes nothing. Raises ValueError if there are no linear layers, or if one shares its weight with another.
     """
     if not rank:
         return
@@ -69,13 +68,9 @@ def without_adapter(model: nn.Module, frozen: Frozen) -> list[str]:
         return []
     path, blocks = find_blocks(model)
     covered = {key.replace("/", ".") + ".weight" for key in model.lora}
-    bare = [
-        name
-        for i, block in list(enumerate(blocks))[len(frozen.layers) :]
-        for name, p in block.named_parameters()
-        if p.dim() > 1 and f"{path}.{i}.{name}" not in covered
-    ]
-    return sorted({*bare})
+    adapted = list(enumerate(blocks))[len(frozen.layers) :]
+    matrices = [(i, name) for i, block in adapted for name, p in block.named_parameters() if p.dim() > 1]
+    return sorted({name for i, name in matrices if f"{path}.{i}.{name}" not in covered})
 
 
 @torch.no_grad()
@@ -86,12 +81,8 @@ def init_lora(model: nn.Module, seed: int) -> None:
         bound = 1 / math.sqrt(adapter.A.shape[1])
         whole = torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator)
         for target, value in ((adapter.A, whole), (adapter.B, torch.zeros(adapter.B.shape))):
-            mine = target
-            if isinstance(target, DTensor):  # FSDP splits rows as torch.chunk does
-                mine, mesh = target.to_local(), target.device_mesh
-                start = -(-len(value) // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1)
-                value = value[start : start + len(mine)]
-            mine.copy_(value)
+            mine, start = own_rows(target)
+            mine.copy_(value[start : start + len(mine)])
 
 
 def merge(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,9 +103,7 @@ def save_adapter(model: nn.Module, state: dict[str, Tensor], base: str, folder: 
     """
     prefix = f"{model.trunk.base_model_prefix}."
     names = {key: key.replace("/", ".").replace("trunk.", prefix, 1) for key in model.lora}
-    tensors = {
-        f"{name}.lora_{side}.weight": state[f"{PREFIX}{key}.{side}"] for key, name in names.items() for side in "AB"
-    }
+    tensors = {f"{name}.lora_{x}.weight": state[f"{PREFIX}{key}.{x}"] for key, name in names.items() for x in "AB"}
     tensors["score.weight"] = state["score.weight"]
     tensors = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
     folder.mkdir()

@@ -1,7 +1,7 @@
 """Pairwise losses and accuracy: stateless functions of tensors that need only torch.
 
-Everything is computed in at least fp32. In fp16, `log(sigmoid(x))` is -inf below about -17, and different rewards can
-tie by rounding. B = pairs, T = tokens, counted from any origin that the two texts of a pair share.
+Losses are computed in fp32 (fp64 for fp64 rewards). In fp16, `log(sigmoid(x))` is -inf below about -17, and different
+rewards can tie by rounding. B = pairs, T = tokens, counted from any origin that the two texts of a pair share.
 
 `margin` [B], in units of reward, is the lead that the chosen answer must have (Llama 2, arXiv 2307.09288, eq. 2).
 `weight` [B] turns the mean over pairs into a weighted mean. With 1 / (comparisons of the pair's prompt), every prompt
@@ -46,19 +46,16 @@ def divergence_loss(
 
     Args: chosen_rewards, rejected_rewards: [B, T] floats; start, end: [B] integers, 0 <= start < end <= T; margin,
         weight, reduction: see above.
-    Returns: scalar in fp32 (fp64 for fp64 rewards).
-    Raises ValueError for other shapes and for an empty range. On a GPU ranges are not checked, because that would
-    synchronize every step; an empty range gives nan.
+    Returns: scalar. Raises ValueError for other shapes and for an empty range. On a GPU ranges are not checked, because
+    that would synchronize every step; an empty range gives nan.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=2)
     _check_shapes(start=start, end=end, dims=1)
     if len(start) != len(chosen_rewards):
         raise ValueError(f"start has {len(start)} entries for {len(chosen_rewards)} pairs of rewards")
     if start.device.type == "cpu" and not ((0 <= start) & (start < end) & (end <= chosen_rewards.shape[1])).all():
-        raise ValueError(
-            f"expected 0 <= start < end <= {chosen_rewards.shape[1]} for every pair, "
-            f"got start={start.tolist()} end={end.tolist()}"
-        )
+        got = f"got start={start.tolist()} end={end.tolist()}"
+        raise ValueError(f"expected 0 <= start < end <= {chosen_rewards.shape[1]} for every pair, {got}")
     t = torch.arange(chosen_rewards.shape[1], device=chosen_rewards.device)
     inside = (t >= start[:, None]) & (t < end[:, None])  # [B, T]
     # Mask before the logsigmoid, because 0 * nan is nan, in the gradient too.
@@ -80,9 +77,8 @@ def pairwise_loss(
 ) -> Tensor:
     """Bradley-Terry: mean over pairs of -logsigmoid(chosen - rejected - margin).
 
-    Args: chosen_rewards, rejected_rewards: [B] floats; margin, weight, reduction: see above. Returns: scalar in fp32
-    (fp64 for fp64 rewards). Raises ValueError for other shapes, including a [B, 1] margin, which would broadcast to
-    [B, B].
+    Args: chosen_rewards, rejected_rewards: [B] floats; margin, weight, reduction: see above. Returns: scalar.
+    Raises ValueError for other shapes, including a [B, 1] margin, which would broadcast to [B, B].
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     difference = _at_least_fp32(chosen_rewards) - _at_least_fp32(rejected_rewards)
@@ -97,8 +93,7 @@ def centering_loss(
 ) -> Tensor:
     """Mean over pairs of (chosen + rejected)^2. It centers rewards at zero; pairwise losses do not fix their offset.
 
-    Eisenstein et al., arXiv 2312.09244, add it to the loss with a small coefficient, 0.01. Args, returns, raises: as in
-    `pairwise_loss`.
+    Eisenstein et al., arXiv 2312.09244, add it with a small coefficient, 0.01. Args and errors: as in `pairwise_loss`.
     """
     _check_shapes(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, dims=1)
     return _reduced((_at_least_fp32(chosen_rewards) + _at_least_fp32(rejected_rewards)) ** 2, weight, reduction)

@@ -25,10 +25,7 @@ HEAD_SCALE = 1e-3
 
 
 class RewardModel(nn.Module):
-    """A decoder (from `AutoModel`) and a head that gives every token a reward.
-
-    Ranks, precision and freezing are applied from outside.
-    """
+    """A decoder (from `AutoModel`) and a head that gives every token a reward. Knows nothing of ranks and precision."""
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
@@ -73,10 +70,7 @@ def lora_of(name: str) -> dict:
 
 
 def origin(name: str) -> dict[str, str]:
-    """Arguments of from_pretrained: folder and name for a GGUF file, the base model for an adapter.
-
-    Raises InputError if the package that reads them is missing.
-    """
+    """Arguments of from_pretrained. Raises InputError if the package that reads GGUF files or adapters is missing."""
     if name.endswith(".gguf"):
         if not find_spec("gguf"):
             raise InputError(f"--model {name}: reading GGUF files needs the package gguf; run: pip install gguf")
@@ -98,10 +92,10 @@ def load_config(name: str, chat_template: str | None = None):
     # Catch everything: huggingface_hub, each tokenizer, and wrong numbers in a config raise different kinds of errors.
     with refusing(f"--model {name}: not a model folder or name that transformers can load"):
         config = AutoConfig.from_pretrained(**source)
-    if method := quantised(config):
-        raise InputError(
-            f"--model {name}: its weights are quantised ({method}) and cannot be trained; use the unquantised original"
-        )
+    if about := getattr(config, "quantization_config", None):
+        method = (about if isinstance(about, dict) else about.to_dict()).get("quant_method", "quantization_config")
+        what = f"its weights are quantised ({method}) and cannot be trained"
+        raise InputError(f"--model {name}: {what}; use the unquantised original")
     whole, config = config, config.get_text_config(decoder=True)  # a multimodal model's decoder
     causal = is_causal(config) or (whole is not config and type(whole) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     encoder = whole.is_encoder_decoder or config.is_encoder_decoder
@@ -130,13 +124,6 @@ def load_config(name: str, chat_template: str | None = None):
     return config, tokenizer
 
 
-def quantised(config) -> str:
-    """A model's quantisation method, such as "gptq", "awq" or "bitsandbytes"; "" if its weights are not quantised."""
-    about = getattr(config, "quantization_config", None) or {}
-    about = about if isinstance(about, dict) else about.to_dict()
-    return str(about.get("quant_method", "quantization_config")) if about else ""
-
-
 def is_causal(config) -> bool:
     """Whether this is a decoder family. Encoders can run as decoders, but their weights were not trained as such."""
     kind = type(config)
@@ -148,10 +135,7 @@ def is_causal(config) -> bool:
 
 
 def classifier(config) -> type[PreTrainedModel]:
-    """The class that saves and loads a reward model: trunk and `score`, for sequences with one label.
-
-    It is transformers' own class, or `loader`'s if transformers has none for the family or one with another head.
-    """
+    """The class that saves and loads a reward model, with trunk and `score`: transformers' own, or else `loader`'s."""
     if theirs := _class_of_transformers(config):
         return theirs
     space: dict = {}
@@ -162,6 +146,7 @@ def classifier(config) -> type[PreTrainedModel]:
 
 
 def _class_of_transformers(config) -> type[PreTrainedModel] | None:
+    """None if transformers has no class for the family, or one with another head."""
     theirs = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     # A class from elsewhere is code that came with some weights and registered itself.
     if not theirs or not theirs.__module__.startswith("transformers.models."):
@@ -218,14 +203,12 @@ def loader(config) -> str:
 def check_fit(args, config, counts: dict) -> None:
     """Raise InputError if ids or lengths in the data exceed the model's limits. counts: `totals` of all the data."""
     if (largest := counts["largest id"]) >= config.vocab_size:
-        raise InputError(
-            f"--model {args.model}: the tokenizer does not match the model: it produces id {largest}, but the model has "
-            f"{config.vocab_size} embeddings; use the model's own tokenizer"
-        )
+        what = f"it produces id {largest}, but the model has {config.vocab_size} embeddings"
+        advice = "use the model's own tokenizer"
+        raise InputError(f"--model {args.model}: the tokenizer does not match the model: {what}; {advice}")
     if counts["longest"] > (positions := getattr(config, "max_position_embeddings", math.inf)):
-        raise InputError(
-            f"--max_length {args.max_length}: {args.model} has {positions} positions; use {positions} or less"
-        )
+        advice = f"use {positions} or less"
+        raise InputError(f"--max_length {args.max_length}: {args.model} has {positions} positions; {advice}")
 
 
 def empty_model(config) -> RewardModel:

@@ -1,7 +1,7 @@
 """Assign groups to steps, micro-steps and ranks: a pure function that returns the same plan on every rank."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ class Step(NamedTuple):
 class Plan(Sequence[Step]):
     """The steps of an epoch, each computed on access, so that a group costs only 12 bytes of memory."""
 
-    def __init__(
-        self, lengths: Tensor, weights: Tensor, order: Tensor, step_order: Tensor | None, shape: tuple
-    ) -> None:
+    def __init__(self, lengths: Tensor, weights: Tensor, order: Tensor, step_order: Tensor | None, shape: tuple):
         self.lengths, self.weights = lengths, weights  # [G] int32, [G] fp64
         self.order = order  # [G] int32: groups in window order; longest first if step_order is None
         self.step_order = step_order  # [steps] int64: shuffled
@@ -32,10 +30,6 @@ class Plan(Sequence[Step]):
     def __len__(self) -> int:
         return (len(self.order) + self.per_step - 1) // self.per_step
 
-    @overload
-    def __getitem__(self, place: int) -> Step: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Step]: ...
     def __getitem__(self, place):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
@@ -70,22 +64,13 @@ def longest_first(lengths: Tensor) -> Tensor:
 
 
 def make_plan(
-    lengths: Sequence[int] | Tensor,
-    weights: Sequence[float] | Tensor,
-    *,
-    world_size: int,
-    batch_size: int,
-    accumulation: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = True,
-    micro_batch_tokens: int = 0,
+    lengths, weights, *, world_size, batch_size, accumulation=1, seed=0, epoch=0, shuffle=True, micro_batch_tokens=0
 ) -> Plan:
     """Plan every group once, in steps of world_size x batch_size x accumulation groups; the last one may be shorter.
 
     Args:
-        lengths: tokens of each group; groups of similar length share a micro-step, on all ranks.
-        weights: weight of each group, summed over its comparisons; their number if all weigh the same.
+        lengths [G]: tokens of each group; groups of similar length share a micro-step, on all ranks.
+        weights [G]: weight of each group, summed over its comparisons; their number if all weigh the same.
         world_size, batch_size, accumulation: ranks, groups per rank and micro-step, micro-steps per step.
         micro_batch_tokens: token budget of a micro-step on each rank, padding included; it holds as many groups as fit,
             at least one. 0: batch_size groups. The groups of a step stay the same.
@@ -100,9 +85,8 @@ def make_plan(
         return Plan(lengths, weights, longest_first(lengths).int(), None, shape)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(lengths), generator=generator).int()
-    step_order = torch.randperm(
-        steps_per_epoch(len(lengths), world_size, batch_size, accumulation), generator=generator
-    )
+    steps = steps_per_epoch(len(lengths), world_size, batch_size, accumulation)
+    step_order = torch.randperm(steps, generator=generator)
     return Plan(lengths, weights, order, step_order, shape)
 
 

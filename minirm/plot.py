@@ -22,16 +22,11 @@ MARKERS = "os^Dvp"
 GREY = "0.45"
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.color": "0.92", "axes.axisbelow": True,
          "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.8}  # fmt: skip
-
-
 POINTS = 100  # maximum points of a training curve; if there are more rows, a point averages several
 
 
 def read_rows(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl. Invalid lines are skipped, because a killed run may leave one at the end.
-
-    Raises InputError if `run` is not the folder of a run.
-    """
+    """The rows of a run's metrics.jsonl. Skips invalid lines, because a killed run may leave one at the end."""
     rows = []
     with refusing(f"{run}: not the --output_dir of a run: its metrics.jsonl cannot be read", OSError):
         lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()

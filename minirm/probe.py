@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from transformers import AutoModel
@@ -26,43 +26,34 @@ TOLERANCE = 1e-4  # relative to the largest value; exact results differ by 2e-6 
 def choose_layout(config, model_name: str, layout: str, max_length=math.inf) -> tuple[str, str | None]:
     """(row layout to use, why "shared" was refused if it was asked for). See `probe_shared_rows`.
 
-    Raises InputError if the architecture is wrong in separate rows as well.
+    Raises InputError if results depend on the padding behind a text, as in CPM-Ant, which expects padding on the left,
+    and in Doge beyond the number of keys that it keeps. An architecture that cannot be made small passes, because a
+    causal decoder is exact unless it does something unusual.
     """
     not_shared = probe_shared_rows(config, max_length) if layout == "shared" else None
     if layout == "shared" and not not_shared:
         return "shared", None
-    if reason := probe_separate_rows(config, max_length):
-        raise InputError(
-            f"--model {model_name}: padding changes its results, so it cannot be trained in batches ({reason})"
-        )
+    reason = None
+    with suppress(Exception):
+        reason = _inexact(config, "separate", max_length)
+    if reason:
+        what = "padding changes its results, so it cannot be trained in batches"
+        raise InputError(f"--model {model_name}: {what} ({reason})")
     return "separate", not_shared
 
 
 def probe_shared_rows(config, max_length=math.inf) -> str | None:
     """None if this architecture computes the same in shared rows as in separate ones, else the reason in one line.
 
+    Compares hidden states and gradients of a small random model on the CPU, in a second or two.
+
     config: as loaded, before `use_sdpa`; max_length: tokens of the longest text to expect. It matters if rotary
     frequencies change with a batch's longest text (dynamic, longrope): exact up to that length, refused beyond it.
-
-    Compares hidden states and gradients of a small random model, in fp32 on the CPU, and in fp64 if fp32 is
-    inconclusive. Takes a second or two.
     """
     try:
         return _inexact(config, "shared", max_length)
     except Exception as error:  # noqa: BLE001, any failure is a reason to refuse
         return f"{config.model_type}: the model fails on shared rows ({type(error).__name__}: {one_line(error)[:200]})"
-
-
-def probe_separate_rows(config, max_length=math.inf) -> str | None:
-    """None if a text's results do not depend on the padding behind it, else the reason in one line.
-
-    CPM-Ant, which expects padding on the left, fails, and so does Doge beyond the number of keys that it keeps. An
-    architecture that cannot be made small passes, because a causal decoder is exact unless it does something unusual.
-    """
-    try:
-        return _inexact(config, "separate", max_length)
-    except Exception:  # noqa: BLE001
-        return None
 
 
 def _inexact(config, layout: str, max_length: float) -> str | None:

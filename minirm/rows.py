@@ -9,6 +9,7 @@ A completion's rewards are located by its length, never by searching for a pad o
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
@@ -51,8 +52,7 @@ class Batch:
         return pinned
 
     def pair_rewards(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, L] rewards -> chosen [P, T], rejected [P, T]. t counts from the end of the prefix; after a completion
-        ends, its end reward is repeated."""
+        """[R, L] rewards -> chosen [P, T], rejected [P, T], from the end of the prefix. The end reward is repeated."""
         per_completion = rewards.flatten()[self.places]
         return per_completion[self.chosen], per_completion[self.rejected]
 
@@ -63,13 +63,7 @@ class Batch:
 
 
 def collate(
-    groups: list[dict],
-    *,
-    row_layout: str,
-    pad_id: int,
-    row_limit: int,
-    trlx_eos_id: int | None = None,
-    pair_weight: str = "pair",
+    groups: list[dict], *, row_layout, pad_id: int, row_limit: int, trlx_eos_id: int | None = None, pair_weight="pair"
 ) -> Batch:
     """Collate groups (see prepare.py) into one batch. Groups without comparisons need only prefix and completions.
 
@@ -141,11 +135,6 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[tuple
     An error in `make` is raised here, at its item's turn. A caller that stops early waits for one item at most.
     """
     with ThreadPoolExecutor(1, "ahead") as thread:
-        before: tuple | None = None
-        for item in items:
-            coming = item, thread.submit(make, item)
-            if before:
-                yield before[0], before[1].result()
-            before = coming
-        if before:
-            yield before[0], before[1].result()
+        coming = ((item, thread.submit(make, item)) for item in items)
+        for (item, made), _ in pairwise(chain(coming, [None])):  # pairwise submits the next item first
+            yield item, made.result()

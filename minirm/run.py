@@ -27,7 +27,6 @@ from minirm.shard import Processes, on_first_process
 from minirm.signals import interrupted
 
 RUN = "run.json"
-
 # Flags that do not affect the trained model.
 UNSAID = {"output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "cache_trunk",
           "report_to", "profile", "plan", "world_size", "device", "shard_size", "cpu_offload"}  # fmt: skip
@@ -63,10 +62,9 @@ def check_output(output: Path, choice: str) -> None:
     if not (output / RUN).exists() and not checkpoints(output):
         raise InputError(f"--output_dir {output} holds files of another run; choose another folder, or remove it first")
     if choice == "none" and not restarted():
-        raise InputError(
-            f"--output_dir {output} already holds a run; omit --resume_from_checkpoint none to "
-            "resume it. To start over, choose another folder, or remove it first"
-        )
+        advice = "To start over, choose another folder, or remove it first"
+        what = f"--output_dir {output} already holds a run; omit --resume_from_checkpoint none to resume it"
+        raise InputError(f"{what}. {advice}")
 
 
 def hold(output: Path) -> None:
@@ -79,9 +77,8 @@ def hold(output: Path) -> None:
     try:
         fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
-            f"--output_dir {output}: another run is writing there; wait until it ends, or stop it"
-        ) from None
+        what = "another run is writing there; wait until it ends, or stop it"
+        raise InputError(f"--output_dir {output}: {what}") from None
     except OSError:
         pass  # some network file systems have no locks
 
@@ -110,16 +107,13 @@ def open_run(args: Namespace, recipe: dict, processes: int) -> Run:
     if problem and not state:
         raise InputError(f"{problem}; give an intact checkpoint, or choose another --output_dir to start over")
     if given and max(own, default=0) > state["step"]:
-        raise InputError(
-            f"--output_dir {output} holds a run that is ahead of {folder}; omit --resume_from_checkpoint to "
-            "resume it, or choose another --output_dir"
-        )
+        advice = "omit --resume_from_checkpoint to resume it, or choose another --output_dir"
+        raise InputError(f"--output_dir {output} holds a run that is ahead of {folder}; {advice}")
     finished = record.pop("finished", None)
     for saved in (record, state):
         if changed := differences(saved.get("recipe", {}), recipe):
-            raise InputError(
-                f"{folder or output} belongs to another run: {'; '.join(changed)}; undo this, or choose another --output_dir"
-            )
+            what = f"{folder or output} belongs to another run: {'; '.join(changed)}"
+            raise InputError(f"{what}; undo this, or choose another --output_dir")
     state = START | {"processes": processes} | record | state
     return Run(state | {"recipe": recipe | state["recipe"]}, folder, finished)
 
@@ -141,9 +135,8 @@ def all_alike(recipe: dict, group) -> None:
     dist.all_gather_object(everyone, recipe, group=group)
     for rank, other in enumerate(everyone):
         if changed := differences(everyone[0], other):
-            raise InputError(
-                f"process {rank} was started with other flags or files than process 0: {'; '.join(changed)}"
-            )
+            what = "was started with other flags or files than process 0"
+            raise InputError(f"process {rank} {what}: {'; '.join(changed)}")
 
 
 def model_fingerprint(name: str, config) -> str:
@@ -171,25 +164,20 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def accumulation(run: Run, processes: int, batch_size: int, asked: int) -> int:
-    """Micro-steps per step that keep the run's number of prompts per step on any number of processes.
-
-    Raises InputError, with both numbers, if that is impossible.
-    """
+    """Micro-steps that keep the run's prompts per step on any number of processes. Raises InputError if none do."""
     whole, product = run.state["recipe"]["prompts a step"], processes * batch_size
     if whole == product * asked:
         return asked
     if processes == run.state["processes"] or whole % product:
-        raise InputError(
-            f"the run has {whole} prompts per step, but {processes} processes x {batch_size} prompts x {asked} micro-steps are "
-            f"{product * asked}; choose --per_device_train_batch_size and --gradient_accumulation_steps so that both agree"
-        )
+        now = f"{processes} processes x {batch_size} prompts x {asked} micro-steps are {product * asked}"
+        advice = "choose --per_device_train_batch_size and --gradient_accumulation_steps so that both agree"
+        raise InputError(f"the run has {whole} prompts per step, but {now}; {advice}")
     return whole // product
 
 
 def begin(args: Namespace, data: Prepared, config, tokenizer, processes: Processes) -> Run:
-    """Start or resume a run. A resumed run keeps its number of prompts per step on any number of processes.
+    """Start or resume a run. Sets args.gradient_accumulation_steps (see `accumulation`). No later check refuses a run.
 
-    Sets args.gradient_accumulation_steps accordingly. This is the last check that can refuse the run.
     Raises InputError, and Stop if the run is finished, on every process.
     """
     world_size, batch_size = processes.world_size, args.per_device_train_batch_size
@@ -213,10 +201,9 @@ def write_record(run: Run, args: Namespace, processes: int) -> None:
     if run.finished == total_steps:
         raise Stop(f"{output} holds this run, finished after {total_steps} steps; nothing to do", 0)
     if done > total_steps or (run.finished and not run.checkpoint):
-        raise InputError(
-            f"--output_dir {output}: the run has already reached step {done}{'' if run.checkpoint else ' and left no checkpoint'}, "
-            f"but it should end at step {total_steps}; choose another folder"
-        )
+        reached = f"step {done}{'' if run.checkpoint else ' and left no checkpoint'}"
+        what = f"the run has already reached {reached}, but it should end at step {total_steps}"
+        raise InputError(f"--output_dir {output}: {what}; choose another folder")
     record = {"recipe": run.state["recipe"], "processes": processes, "arguments": vars(args)}
     with writing(output / RUN):
         put(output / RUN, json.dumps(record, indent=1).encode())
@@ -258,19 +245,14 @@ def agree(caught: list[int], losses: list[Tensor], *values: Tensor) -> tuple[int
 
 
 def not_finite(step: int, planned: Step, where: tuple[int, int] | None, inputs, what: str, hint: str) -> Stop:
-    """The Stop to raise when training has diverged. It names the comparisons that were being computed.
-
-    where: see `agree`; None names those of the step's first micro-step.
-    """
+    """The Stop of a diverged run. It names the prompts at `where` (see `agree`), or in the first micro-step."""
     groups = planned.micro_steps[where[0]][where[1]] if where else [g for rank in planned.micro_steps[0] for g in rank]
     ids = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
     row = inputs.data.train[groups[0]]
     text = inputs.tokenizer.decode((row["prefix"] + row["completions"][0])[:24])
-    return Stop(
-        f"step {step}: {what}. It occurred in training prompts {ids} (counted from 0 after filtering; the first begins "
-        f"{text!r}). {hint}. The newest checkpoint precedes this step; run the same command again to resume from it",
-        3,
-    )
+    prompts = f"training prompts {ids} (counted from 0 after filtering; the first begins {text!r})"
+    advice = "The newest checkpoint precedes this step; run the same command again to resume from it"
+    return Stop(f"step {step}: {what}. It occurred in {prompts}. {hint}. {advice}", 3)
 
 
 def ending(error: BaseException) -> tuple[str, int]:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from minirm.attention import attention_mask, use_sdpa
 from minirm.data.chat import set_chat_template, unescaped
-from minirm.data.prepare import Texts, by_prompt, store
+from minirm.data.prepare import Texts, chunks, read_prompts, store
 from minirm.data.schemas import column, renames
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
@@ -46,8 +46,7 @@ WORTH_SHARING = 0.9  # if a shared row has more than this share of the tokens, i
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m minirm.score", description=__doc__, formatter_class=raw)
+    parser = Parser("python -m minirm.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
     add("--model", required=True, help="name or folder of a reward model")
@@ -92,8 +91,6 @@ def load_model(name: str, config, dtype):
 
 # Rows of a forward pass are groups without comparisons (see prepare.py). "places" holds each completion's indices in
 # the data; there are several if examples of a prompt have an answer in common.
-
-
 def decoder_rows(prompts: list[list[dict]], tokenizer, args, share: bool) -> Iterator[dict]:
     """Turn prompts, each a list of its examples, into rows like those of training."""
     rules = {"max_length": args.max_length, "overlong": "truncate", "keep": "all"}
@@ -153,9 +150,9 @@ def score(texts: Texts, count: int, model, tokenizer, args: argparse.Namespace) 
     length = lambda row: len(row["prefix"]) + sum(map(len, row["completions"]))
     rewards = torch.full((count,), math.nan, dtype=torch.float64)
     with tqdm(total=count, desc="scoring", unit=" completions", file=sys.stderr) as bar:
-        for prompts in by_prompt(texts, torch.ones(len(texts.rows), dtype=torch.bool)):
+        for chunk in chunks(texts, torch.ones(len(texts.rows), dtype=torch.bool)):
             # Longest first, so that a lack of memory shows at once.
-            rows = sorted(to_rows(prompts, tokenizer, args), key=length, reverse=True)
+            rows = sorted(to_rows(read_prompts(texts, *chunk), tokenizer, args), key=length, reverse=True)
             while rows:
                 size = max(1, args.batch_size // length(rows[0]))
                 some, rows = rows[:size], rows[size:]
@@ -171,10 +168,8 @@ def measured(texts: Texts, rewards: Tensor, first: Tensor, sources: list[str]) -
     example = torch.arange(len(first)).repeat_interleave(texts.pairs)  # [P] each pair's example
     if not len(example):
         return {}
-    chosen, rejected = (
-        rewards[first[example] + torch.tensor(pc.list_flatten(texts.rows.data.column(side)).to_numpy())]
-        for side in ("chosen", "rejected")
-    )
+    index = lambda side: torch.tensor(pc.list_flatten(texts.rows.data.column(side)).to_numpy())
+    chosen, rejected = (rewards[first[example] + index(side)] for side in ("chosen", "rejected"))
     prompt, file = texts.keys[example], file_names(sources)
     columns = texts.rows.select_columns(["subset", "source", "chosen"])
     names = by_name((row["subset"], file[row["source"]]) for row in columns for _ in row["chosen"])
@@ -192,18 +187,15 @@ def benchmarks(texts: Texts, rewards: Tensor, sizes: Tensor, schemas: list[str],
     wins = []
     columns = texts.rows.select_columns(["id", "subset", "source", "chosen", "rejected"])
     for row, own in zip(columns, rewards.split(sizes.tolist())):
-        right = sorted(set(row["chosen"]) - set(row["rejected"]))
-        if len(own) < 3 or not right:
+        right, scores = set(row["chosen"]) - set(row["rejected"]), own.tolist()
+        correct, wrong = ([r for k, r in enumerate(scores) if (k in right) == side] for side in (True, False))
+        if len(own) < 3 or not correct or not wrong:
             continue
-        scores = own.tolist()
-        wrong = [score for k, score in enumerate(scores) if k not in right]
-        entry = {"id": row["id"], "subset": row["subset"], "correct": [scores[k] for k in right], "wrong": wrong}
-        if not wrong:
-            continue
+        entry = {"id": row["id"], "subset": row["subset"], "correct": correct, "wrong": wrong}
         wins.append(best_of_n(entry))
         if schemas[row["source"]] == "RewardBench 2":
             found["reward_bench_2"].append(entry)
-        elif schemas[row["source"]] == "answers in lists" and len(right) == len(wrong) == 3:
+        elif schemas[row["source"]] == "answers in lists" and len(correct) == len(wrong) == 3:
             found["rm_bench"].append(entry)
     result: dict = {"best_of_n_accuracy": {"prompts": len(wins), "accuracy": sum(wins) / len(wins)}} if wins else {}
     if found["reward_bench_2"]:
@@ -305,17 +297,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = run(parse_args(argv))
     except Stop as stop:
-        print(printable(f"minirm.score: {stop.args[0]}"), file=sys.stderr)
-        return stop.args[1]
+        line, code = stop.args
     except KeyboardInterrupt:
-        print("minirm.score: interrupted; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
+        line, code = "interrupted; nothing was written", 128 + signal.SIGINT
     except InputError as error:
-        print(printable(f"minirm.score: error: {error}"), file=sys.stderr)
-        return 2
-    print(table(result), file=sys.stderr)
-    print(as_json(result))
-    return 0
+        line, code = f"error: {error}", 2
+    else:
+        print(table(result), file=sys.stderr)
+        print(as_json(result))
+        return 0
+    print(printable(f"minirm.score: {line}"), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

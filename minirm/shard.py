@@ -37,8 +37,6 @@ TRAINED_SHARE = 0.1
 
 
 class Processes(NamedTuple):
-    """This process, and its place among all processes."""
-
     device: torch.device
     mesh: DeviceMesh  # [shard] or [replicate, shard]
     rank: int
@@ -157,17 +155,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, offload=False,
     frozen and trained parameters, because they differ in precision. offload: keep shards, gradients and optimizer state
     in host memory.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32
-    )  # only for units with trained parameters
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # of units with trained parameters
     frozen = {p for p in model.parameters() if not p.requires_grad}
     if mesh.device_type == "cuda":
         memory = torch.cuda.get_device_properties("cuda").total_memory
     else:  # the processes of a machine divide its memory
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    least = torch.tensor(
-        memory, dtype=torch.float64
-    )  # ranks must agree: if one kept what another gathers, both would hang
+    # Ranks must agree: if one kept what another gathers, both would hang.
+    least = torch.tensor(memory, dtype=torch.float64)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     # A process with its own full copy gathers nothing, so it need not free gathered parameters either.
     alone = mesh.shape[-1] == 1
@@ -228,10 +223,16 @@ def begin_micro_step(model: nn.Module, last: bool) -> None:
         unit.set_reshard_after_backward(last, recurse=False)
 
 
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This process's rows of a parameter, and the index of the first. FSDP splits rows as torch.chunk does."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    rows, mesh = len(tensor), tensor.device_mesh
+    return tensor.to_local(), min(-(-rows // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1), rows)
+
+
 @torch.no_grad()
-def fill(
-    model: nn.Module, device: torch.device, offload: bool, group, read: Callable | None, load: Callable
-) -> Callable[..., Tensor]:
+def fill(model: nn.Module, device, offload: bool, group, read: Callable | None, load: Callable) -> Callable:
     """Load weights into an empty, sharded model. No process except perhaps rank 0 ever holds more than its share.
 
     read: read(name, start, stop) -> rows of a tensor; None if this process cannot read rows. If any process cannot,
@@ -249,10 +250,7 @@ def fill(
 
     model._apply(place)
     for name, target in saved_tensors(model):
-        mine, start, whole = target, 0, None
-        if isinstance(target, DTensor):  # FSDP splits rows as torch.chunk does
-            mine, mesh, rows = target.to_local(), target.device_mesh, len(target)
-            start = min(-(-rows // mesh.shape[-1]) * mesh.get_local_rank(mesh.ndim - 1), rows)
+        (mine, start), whole = own_rows(target), None
         if not able:
             whole = torch.empty(target.shape, dtype=target.dtype, device=device)
             if source:

@@ -28,9 +28,8 @@ class Watch:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # 0: no torchrun to watch
 
     def __enter__(self) -> Self:
-        usual = {number: signal.getsignal(number) for number in SIGNALS}
         # nohup ignores SIGHUP; keep it that way.
-        self.usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
+        self.usual = {number: old for number in SIGNALS if (old := signal.getsignal(number)) is not signal.SIG_IGN}
         for number in self.usual:
             signal.signal(number, self._handle)
         self.read, self.write = os.pipe()

@@ -39,10 +39,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(args: Namespace, processes: shard.Processes) -> Inputs:
-    """Read configuration, tokenizer and data, and freeze the empty model. Replaces "auto" and None in `args`.
-
-    Raises InputError on every rank.
-    """
+    """Read all inputs, freeze the empty model, replace "auto" and None in `args`. Raises InputError on every rank."""
     shard.on_first_process(processes.patient, run.check_output, Path(args.output_dir), args.resume_from_checkpoint)
     with shard.first_process_first(processes.patient):
         use_demo(args)
@@ -82,7 +79,7 @@ def load_model(args: Namespace, inputs: Inputs, processes: shard.Processes) -> T
     shard.cast_frozen(model, dtype)
     shard.shard(model, processes.mesh, dtype, args.cpu_offload)
     with shard.first_process_first(processes.patient):  # one process per machine downloads, if necessary
-        read = stored_weights(args.model, config, model, args.seed, args.loss == "trlx")
+        read = stored_weights(args.model, model, args.seed, args.loss == "trlx")
     load = partial(load_weights, args.model, config, args.seed, args.loss == "trlx")
     read = shard.fill(model, processes.device, args.cpu_offload, processes.patient, read, load)
     init_lora(model, args.seed)

@@ -142,8 +142,6 @@ def group_names(batch: Batch) -> list[str]:
 
 
 # -- At the start: whether caching is possible, where, and whether there is room. --------------------------------------
-
-
 def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
     """How many values besides the hidden states a block of this architecture returns; None if it returns a bare tensor.
 
@@ -151,13 +149,11 @@ def probe_trunk_cache(args, config, frozen: Frozen) -> int | None:
     again with frozen blocks skipped. Raises InputError with the reason if caching is not possible.
     """
     if not frozen.layers:
-        raise InputError(
-            f"--cache_trunk: --freeze_ratio {args.freeze_ratio} freezes no layer; raise it, or omit --cache_trunk"
-        )
+        what = f"--freeze_ratio {args.freeze_ratio} freezes no layer"
+        raise InputError(f"--cache_trunk: {what}; raise it, or omit --cache_trunk")
     # Each batch has two rows, and the second one is padded.
     batches = [probe.small_batch([(ids, [[9, 10, 11], [12]])], "separate") for ids in ([5, 6, 7], [8, 20, 21])]
-    # Any failure is a reason to refuse.
-    what = f"--cache_trunk: not possible for {config.model_type}"
+    what = f"--cache_trunk: not possible for {config.model_type}"  # for whatever reason
     with refusing(what, advice="; omit --cache_trunk"), probe.trying():
         model = probe.small_model(config, args.max_length)
         ratio = 1 if len(frozen.layers) == frozen.total_layers else 0.5

@@ -34,9 +34,7 @@ MORE_THAN_TENSORS = (  # replaces torch's advice to load the file anyway
 )
 
 
-def stored_weights(
-    name: str, config, model: RewardModel, seed: int, published: bool = False
-) -> Callable[..., Tensor] | None:
+def stored_weights(name: str, model: RewardModel, seed: int, published: bool = False) -> Callable[..., Tensor] | None:
     """Return read(name in RewardModel, start=0, stop=None) -> rows of a tensor. It reads only those from safetensors.
 
     Returns None unless stored and wanted tensors match one to one by name and shape, except for a grown vocabulary.
@@ -50,7 +48,7 @@ def stored_weights(
     except Exception:  # noqa: BLE001
         return None
     prefix = trunk_prefix(tensors, trunk)
-    places = {key.removeprefix(prefix): (path, key, shape) for key, (path, shape) in tensors.items()}
+    places = {key.removeprefix(prefix): (path, key, shape) for key, (path, shape, _) in tensors.items()}
     wanted = {key.removeprefix("trunk."): tensor for key, tensor in saved_tensors(model)}
     shapes = {key: list(tensor.shape) for key, tensor in wanted.items()}
     grown = next(key for key, tensor in wanted.items() if tensor is trunk.get_input_embeddings().weight)
@@ -78,14 +76,15 @@ def stored_weights(
     return read
 
 
-def stored_tensors(name: str) -> dict[str, tuple[str, list[int]]]:
-    """{tensor name: (safetensors file, shape)} of a checkpoint. Reads no tensors. Lets every error through."""
+def stored_tensors(name: str) -> dict[str, tuple[str, list[int], str]]:
+    """{tensor name: (safetensors file, shape, dtype)} of a checkpoint. Reads no tensors. Lets every error through."""
     found = {}
     files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
     for path in files[:1] if files[0] else get_checkpoint_shard_files(name, files[1])[0]:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no dict
-                found[key] = path, file.get_slice(key).get_shape()
+                rows = file.get_slice(key)
+                found[key] = path, rows.get_shape(), rows.get_dtype()
     return found
 
 
@@ -95,13 +94,10 @@ def decoder_tensors(name: str, config, prefix: str) -> dict[str, Tensor]:
         trunk = AutoModel.from_config(config)
     stored, found = stored_tensors(name), {}
     theirs = trunk_prefix(stored, trunk)
-    for path in sorted({path for path, _ in stored.values()}):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no dict
-                if key.startswith(theirs):
-                    found[prefix + key.removeprefix(theirs)] = file.get_tensor(key)
-                elif key == "score.weight":
-                    found[key] = file.get_tensor(key)
+    for key, (path, *_) in stored.items():
+        if (ours := key.startswith(theirs)) or key == "score.weight":
+            with safe_open(path, "pt") as file:
+                found[prefix + key.removeprefix(theirs) if ours else key] = file.get_tensor(key)
     return found
 
 
@@ -123,10 +119,7 @@ def _is_reward_model(config) -> bool:
 
 
 def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
-    """Names of stored tensors that belong to the trunk, not to a head, but that the trunk does not have.
-
-    prefix: the prefix of the trunk's names in a checkpoint that holds more than a language model.
-    """
+    """Names of stored tensors that belong to the trunk (by `prefix`, if several are stored) but that it lacks."""
     known = "|".join([OLD_BUFFERS, *(trunk._keys_to_ignore_on_load_unexpected or [])])
     tops = {trunk.base_model_prefix, *(name for name, _ in trunk.named_children())}
     ours = [key for key in keys if (key.startswith(prefix) if prefix else key.partition(".")[0] in tops)]
@@ -136,14 +129,9 @@ def _misplaced(keys, trunk, prefix: str = "") -> list[str]:
 def stored_dtype(name: str) -> str:
     """The dtype of most weights as safetensors names it, such as "BF16"; "" if unknown."""
     with suppress(Exception):  # without safetensors, use the configuration below
-        name = origin(name)["pretrained_model_name_or_path"]
-        files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in SAFETENSORS]
-        path = files[0] or get_checkpoint_shard_files(name, files[1])[0][0]
-        with safe_open(path, "pt") as file:
-            sizes: Counter[str] = Counter()
-            for key in file.keys():  # noqa: SIM118 - no dict
-                rows = file.get_slice(key)
-                sizes[rows.get_dtype()] += math.prod(rows.get_shape())
+        sizes: Counter[str] = Counter()
+        for _, shape, dtype in stored_tensors(origin(name)["pretrained_model_name_or_path"]).values():
+            sizes[dtype] += math.prod(shape)
         return sizes.most_common(1)[0][0]
     with suppress(Exception):
         return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(AutoConfig.from_pretrained(**origin(name)).dtype, "")
@@ -218,8 +206,7 @@ def load_weights(name: str, config, seed: int, published: bool = False) -> dict[
         trunk.resize_token_embeddings(config.vocab_size, mean_resizing=False)
         trunk.get_input_embeddings().weight.data[known:] = 0.0  # nothing attends to the pad token
     if config.vocab_size > text.vocab_size:
-        # Other tensors may depend on the vocabulary too: CPM-Ant's prompts follow its tokens, and DeepSeek V4 has more
-        # tables by token.
+        # Other tensors may depend on the vocabulary: CPM-Ant's prompts follow its tokens, DeepSeek V4 has more tables.
         with torch.device("meta"):
             sizes = {key: tensor.shape for key, tensor in AutoModel.from_config(config).state_dict().items()}
         unlike = [key for key, tensor in trunk.state_dict().items() if tensor.shape != sizes.get(key, tensor.shape)]
@@ -236,11 +223,8 @@ def export(
     """Write a model and tokenizer that `AutoModelForSequenceClassification.from_pretrained(folder)` loads.
 
     If transformers has no such class for the family, loading needs trust_remote_code=True; the code is in LOADER.
-
-    Args:
-        state: full tensors by their names in RewardModel (trunk.*, score.weight), all of one dtype.
-        notes: more entries for config.json.
-        max_shard_size: maximum size of a weights file; several files get an index.
+    state: full tensors by their names in RewardModel (trunk.*, score.weight), all of one dtype; notes: more entries for
+    config.json; max_shard_size: maximum size of a weights file.
     """
     cls, config = classifier(config), copy.deepcopy(config)
     config.update(notes or {})
@@ -251,8 +235,7 @@ def export(
         model = cls._from_config(config, dtype=state["score.weight"].dtype)
     prefix = cls.base_model_prefix + "."
     state = {prefix + name.removeprefix("trunk.") if name != "score.weight" else name: t for name, t in state.items()}
-    if state.keys() != model.state_dict().keys():
-        odd = sorted(state.keys() ^ model.state_dict().keys())
+    if odd := sorted(state.keys() ^ model.state_dict().keys()):
         raise RuntimeError(f"{cls.__name__} expects different weights: {', '.join(odd[:5])} ({len(odd)})")
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     if source:

@@ -112,7 +112,7 @@ def load(folder, seed=0):
     config, tokenizer = load_config(str(folder))
     model = empty_model(config)
     read, weights = (
-        stored_weights(str(folder), config, model, seed, True),
+        stored_weights(str(folder), model, seed, True),
         load_weights(str(folder), config, seed, True),
     )
     model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)

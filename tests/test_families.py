@@ -201,7 +201,7 @@ def test_the_vision_tower_is_not_read(family, tmp_path):
             tensors[name] = torch.zeros(3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = empty_model(config)
-    read = stored_weights(str(folder), config, model, 0)
+    read = stored_weights(str(folder), model, 0)
     again = load_weights(str(folder), config, 0)
     for name, _ in saved_tensors(model):
         assert torch.equal(read(name), whole[name]) and torch.equal(again[name], whole[name]), name

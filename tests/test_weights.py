@@ -28,12 +28,12 @@ def changed(model_folder, family, folder, change, **values):
 def test_missing_and_misplaced_weights_are_refused_by_name(model_folder, tmp_path):
     hole = "transformer.h.2.mlp.c_fc.weight"
     name, config = changed(model_folder, "gpt2", tmp_path / "a", lambda w: {k: v for k, v in w.items() if k != hole})
-    assert stored_weights(name, config, empty_model(config), 0) is None
+    assert stored_weights(name, empty_model(config), 0) is None
     with pytest.raises(InputError, match=r"weights missing from the checkpoint: .*h\.2\.mlp\.c_fc\.weight \(1\)"):
         load_weights(name, config, 0)
     fifth = {"model.layers.4.mlp.up_proj.weight": torch.zeros(64, 32), "model.memory": torch.zeros(3)}
     name, config = changed(model_folder, "llama", tmp_path / "b", lambda w: w | fifth)
-    assert stored_weights(name, config, empty_model(config), 0) is None
+    assert stored_weights(name, empty_model(config), 0) is None
     with pytest.raises(
         InputError, match=r"unexpected weights in the checkpoint: model\.layers\.4\.mlp.*, model\.memory \(2\)"
     ):
@@ -53,7 +53,7 @@ def test_heads_and_buffers_of_old_checkpoints_are_ignored(prefix, model_folder, 
 
     name, config = changed(model_folder, "gptj", tmp_path / "x", old)
     expected = load_weights(str(model_folder("gptj")), config, 0)
-    read, weights = stored_weights(name, config, empty_model(config), 0), load_weights(name, config, 0)
+    read, weights = stored_weights(name, empty_model(config), 0), load_weights(name, config, 0)
     for key, value in expected.items():
         assert torch.equal(read(key), value) and torch.equal(weights[key], value), key
 
@@ -77,7 +77,7 @@ def test_every_checkpoint_format_gives_the_same_weights(way, model_folder, tmp_p
         assert len(list(name.glob("*.safetensors"))) == (1 if half else 10)
     config, _ = load_config(str(name))
     expected = load_weights(str(folder), config, 0)
-    read, weights = stored_weights(str(name), config, empty_model(config), 0), load_weights(str(name), config, 0)
+    read, weights = stored_weights(str(name), empty_model(config), 0), load_weights(str(name), config, 0)
     assert (read is None) == ("bin" in way)
     for key, value in expected.items():
         value = value.half() if half and key != "score.weight" else value
@@ -125,7 +125,7 @@ def test_tied_embeddings_stored_as_the_output_layer_are_found(model_folder, tmp_
 
     name, config = changed(model_folder, "gpt2", tmp_path / "x", as_output)
     expected = load_weights(str(model_folder("gpt2")), config, 0)
-    assert stored_weights(name, config, empty_model(config), 0) is None
+    assert stored_weights(name, empty_model(config), 0) is None
     assert all(torch.equal(value, expected[key]) for key, value in load_weights(name, config, 0).items())
 
 
@@ -139,7 +139,7 @@ def test_experts_that_transformers_fuses_are_loaded_by_it(tmp_path):
     model.save_pretrained(folder)
     assert "model.layers.1.block_sparse_moe.experts.1.w1.weight" in load_file(folder / "model.safetensors")
     config, _ = load_config(str(folder))
-    assert stored_weights(str(folder), config, empty_model(config), 0) is None
+    assert stored_weights(str(folder), empty_model(config), 0) is None
     weights, wanted = load_weights(str(folder), config, 0), dict(model.model.named_parameters())
     assert wanted["layers.1.mlp.experts.gate_up_proj"].shape == (2, 32, 32)
     for key, value in wanted.items():

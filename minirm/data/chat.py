@@ -6,8 +6,6 @@ from minirm.data.schemas import Messages
 from minirm.errors import InputError, one_line, refusing
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts
 def set_chat_template(tokenizer, path: str | None = None) -> None:
     """Load a chat template from a file if there is one, and make the tokenizer's template end at the scored token.
 
@@ -32,8 +30,7 @@ def set_chat_template(tokenizer, path: str | None = None) -> None:
     ends = bool(ids) and ids[-1] in special_ids(tokenizer)
     if ends and text == text.rstrip():
         return
-    # transformers' Jinja settings strip whitespace next to a block, except at a plus sign, and a template's last line
-    # break.
+    # transformers' Jinja strips whitespace next to a block, except at a plus sign, and a template's last line break.
     tokenizer.chat_template = (
         "{% set minirm_text +%}" + template.removesuffix("\n") + "{%+ endset %}{{ minirm_text if add_generation_prompt "
         "else " + ("minirm_text.rstrip()" if ends else "minirm_text + eos_token") + " }}"
@@ -50,10 +47,8 @@ def render(tokenizer, messages: Messages, where: str) -> str:
     if not messages:
         return ""
     if not tokenizer.chat_template:
-        raise InputError(
-            f"{where}: chat data, but the tokenizer has no chat template; pass one with --chat_template FILE, or use a "
-            "chat model"
-        )
+        advice = "pass one with --chat_template FILE, or use a chat model"
+        raise InputError(f"{where}: chat data, but the tokenizer has no chat template; {advice}")
     with refusing(f"{where}: the chat template rejects these messages"):  # Jinja code can raise anything
         return tokenizer.apply_chat_template(messages, tokenize=False)
 

@@ -37,8 +37,6 @@ DEMO_DEFAULTS = {
     "learning_rate": 1e-3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "warmup_steps": 20,
     "num_train_epochs": 2, "eval_steps": 250, "logging_steps": 20, "max_length": 256,
 }  # fmt: skip
-
-
 SHUFFLES = 2  # per prompt, because more shuffles teach more than more epochs
 OTHER = 0.08  # share of the prompts that also get another prompt's answer
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # distinct, so that the end of a text is never mistaken for padding
@@ -101,10 +99,9 @@ def make_comparisons(seed: int = 0, library: Path | None = None) -> tuple[list[d
     library = library or Path(sysconfig.get_paths()["stdlib"])
     entries = sorted(read_docstrings(library).items())
     if len(entries) < MIN_PROMPTS:
-        raise InputError(
-            f"--model demo: expected at least {MIN_PROMPTS} usable docstrings in Python's standard library, found "
-            f"{len(entries)} in {library}; use a Python installed with its .py sources, or another --model"
-        )
+        expected = f"expected at least {MIN_PROMPTS} usable docstrings in Python's standard library"
+        advice = "use a Python installed with its .py sources, or another --model"
+        raise InputError(f"--model demo: {expected}, found {len(entries)} in {library}; {advice}")
     rng = random.Random(seed)
     rng.shuffle(entries)
     held_out, train = entries[:EVAL_PROMPTS], entries[EVAL_PROMPTS:]

@@ -11,7 +11,6 @@ Prompt and answer are tokenised together, as one text, so that any other program
 are memory-mapped from disk; an example takes 24 bytes of memory.
 """
 
-import gc
 import hashlib
 import json
 import re
@@ -42,26 +41,21 @@ from minirm.files import whole_folder
 MIN_WORDS = 5  # shorter answers are dropped, as in the published recipe
 CHUNK = 512  # prompts tokenised at a time: enough for the tokenizer's threads, few enough for memory
 INT, FLOAT, TEXT = Value("int32"), Value("float32"), Value("string")
+COMPARED = {"chosen": List(INT), "rejected": List(INT), "margin": List(FLOAT)}  # per comparison; margin 0: none
 TEXTS = datasets.Features(
     prompt=TEXT,  # messages: as JSON
     texts=List(TEXT),  # prompt and completion joined, one per completion
     chat=Value("bool"),  # rendered by the chat template, including special tokens
-    chosen=List(INT),  # one entry per comparison: index into texts
-    rejected=List(INT),
-    margin=List(FLOAT),  # 0: none
+    **COMPARED,  # indices into texts
     subset=TEXT,
     id=TEXT,  # row id, if a benchmark needs it
     source=INT,  # index of the file
     where=TEXT,  # "file:line"
 )
-
-
 FEATURES = datasets.Features(
     prefix=List(INT),
     completions=List(List(INT)),
-    chosen=List(INT),
-    rejected=List(INT),
-    margin=List(FLOAT),
+    **COMPARED,  # indices into completions
     subset=List(TEXT),
     source=List(INT),
     pairs=INT,
@@ -80,22 +74,13 @@ class Prepared(NamedTuple):
 
 
 def read_texts(
-    source: str,
-    tokenizer,
-    separator: str,
-    report: dict,
-    keep: str = "worth",
-    number: int = 0,
-    columns: dict[str, str] | None = None,
+    source: str, tokenizer, separator: str, report: dict, keep: str = "worth", columns: dict | None = None
 ) -> Iterator[dict]:
-    """Yield the examples of a source as TEXTS. Raises InputError for a bad row.
+    """Yield the examples of a source as TEXTS without `source`. Raises InputError for a bad row.
 
-    Args:
-        report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
-        keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on
-            an evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
-        number: index of the source.
-        columns: see `schemas.rename`.
+    report: receives the schema, its columns, and the numbers of comparisons read and dropped, by reason.
+    keep: "worth" drops comparisons that are not worth training on; "labelled" drops only ties, so that accuracy on an
+    evaluation file is comparable with other programs; "all" also keeps examples without a comparison.
     """
     counts: Counter = Counter()
     tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
@@ -109,36 +94,30 @@ def read_texts(
         pairs = []
         for pair in compared:
             chosen, rejected = answers[pair[0]], answers[pair[1]]
-            if keep == "worth" and odd:
-                counts[f"dropped: {odd}"] += 1
-            elif keep == "worth" and chosen == rejected:
-                counts["dropped: identical answers"] += 1
-            elif keep == "worth" and min(len(side.split(None, MIN_WORDS)) for side in (chosen, rejected)) < MIN_WORDS:
-                counts[f"dropped: answer under {MIN_WORDS} words"] += 1
+            reason = odd or ("identical answers" if chosen == rejected else "")
+            if any(len(side.split(None, MIN_WORDS)) < MIN_WORDS for side in (chosen, rejected)):
+                reason = reason or f"answer under {MIN_WORDS} words"
+            if keep == "worth" and reason:
+                counts[f"dropped: {reason}"] += 1
             else:
                 pairs.append(pair)
         counts["read"] += len(compared) + ties
         counts["dropped: tie"] += ties
-        whole = "\n".join([*map(said, prompt), *answers]) if chat else "\n".join([prompt, *answers])
+        whole = "\n".join([*(map(said, prompt) if chat else [prompt]), *answers])
         counts["special tokens in the text"] += bool(special.search(whole))
         report.update(counts)
         if not pairs and keep != "all":
             continue
-        if chat:
-            texts = [render(tokenizer, prompt + turns, where) for turns in completions]
-        else:
-            own_separator = separator if own_separator is None else own_separator
-            texts = [join(prompt, answer, own_separator) for answer in completions]
+        between = separator if own_separator is None else own_separator
+        texts = [render(tokenizer, prompt + c, where) if chat else join(prompt, c, between) for c in completions]
         chosen, rejected, margin = zip(*pairs) if pairs else ((), (), ())
         yield {
             "prompt": json.dumps(prompt) if chat else prompt, "texts": texts, "chat": chat, "chosen": chosen,
-            "rejected": rejected, "margin": margin, "subset": subset, "id": row_id, "source": number, "where": where,
+            "rejected": rejected, "margin": margin, "subset": subset, "id": row_id, "where": where,
         }  # fmt: skip
 
 
-def read_examples(
-    source: str, report: dict, columns: dict[str, str] | None = None
-) -> Iterator[tuple[str, schemas.Example]]:
+def read_examples(source: str, report: dict, columns: dict | None = None) -> Iterator[tuple[str, schemas.Example]]:
     """Yield (where, Example) for a source. Rows with one answer and its score are ranked by prompt, after the last one."""
     schema, scored = None, {}
     for where, row in read_rows(source):
@@ -167,8 +146,7 @@ def said(message: dict) -> str:
     return message["content"] + (json.dumps(message["tool_calls"]) if message.get("tool_calls") else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation of all data, once
+# -- Preparation of all data, once. -----------------------------------------------------------------------------------
 class Texts(NamedTuple):
     rows: datasets.Dataset  # N rows of TEXTS
     keys: Tensor  # [N] int64: equal for examples of the same prompt
@@ -183,18 +161,16 @@ class Texts(NamedTuple):
             row[what] = n
 
 
-def store(
-    path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict[str, str] | None = None
-) -> Texts:
+def store(path: Path, sources: Sequence[str], tokenizer, separator: str, keep: str, columns: dict | None) -> Texts:
     """Write all examples of some sources to a file."""
     numbers, report = array("q"), [{"source": source, "read": 0, "not read": left_out(source)} for source in sources]
     with ArrowWriter(path=str(path), features=TEXTS, writer_batch_size=CHUNK) as writer:
         for number, source in enumerate(sources):
-            examples = read_texts(source, tokenizer, separator, report[number], keep, number, columns)
+            examples = read_texts(source, tokenizer, separator, report[number], keep, columns)
             what = f"reading {printable(source)}"
             for example in tqdm(examples, what, unit=" prompts", leave=False, disable=None):
                 numbers.extend((prompt_key(example), number, len(example["chosen"])))
-                writer.write(example)
+                writer.write(example | {"source": number})
         writer.finalize()
     return Texts(datasets.Dataset.from_file(str(path)), *torch.tensor(numbers).long().view(-1, 3).unbind(1), report)
 
@@ -206,13 +182,8 @@ def prompt_key(example: dict) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def by_prompt(texts: Texts, chosen: Tensor) -> Iterator[list[list[dict]]]:
-    """Yield CHUNK prompts at a time, each a list of its chosen ([N] bool) examples, in order of first occurrence."""
-    return (read_prompts(texts, *chunk) for chunk in chunks(texts, chosen))
-
-
 def chunks(texts: Texts, chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For CHUNK prompts at a time: the number of chosen examples of each, and the rows of all of them."""
+    """CHUNK prompts at a time, in order of first occurrence: each one's number of chosen ([N] bool) examples, their rows."""
     rows = chosen.nonzero().flatten()
     _, prompt = texts.keys[rows].unique(return_inverse=True)
     place = torch.arange(len(rows))
@@ -264,16 +235,12 @@ def prepare(
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "minirm" / key
     if not folder.is_dir():
-        gc.freeze()  # collecting garbage among imported objects again and again takes a fifth of the time
-        try:
-            with whole_folder(folder) as new:
-                more = (eval_fraction, separator, seed, rules, columns)
-                report = write_groups(new, tokenizer, train_data, eval_data, *more)
-                (new / "report.json").write_text(json.dumps(report))
-                for path in new.glob("*.texts"):
-                    path.unlink()
-        finally:
-            gc.unfreeze()
+        with whole_folder(folder) as new:
+            more = (eval_fraction, separator, seed, rules, columns)
+            report = write_groups(new, tokenizer, train_data, eval_data, *more)
+            (new / "report.json").write_text(json.dumps(report))
+            for path in new.glob("*.texts"):
+                path.unlink()
     report = json.loads((folder / "report.json").read_text())
     for part, named in (("train", train_data), ("eval", eval_data or train_data)):
         total = totals(report[part])
@@ -312,7 +279,7 @@ def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separa
             tqdm(total=sum(len(sizes) for sizes, _ in todo), desc="tokenising", unit=" prompts", leave=False, disable=None) as bar,
         ):  # fmt: skip
             for groups, own in on_all_cores(job, todo):
-                writer.write_table(pyarrow.ipc.open_stream(groups).read_all())
+                writer.write_table(groups)
                 counts = [totals(both) for both in zip(counts, own)]
                 bar.update(CHUNK)
             writer.finalize()
@@ -320,14 +287,11 @@ def write_groups(folder, tokenizer, train_data, eval_data, eval_fraction, separa
     return report
 
 
-def groups_of(texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor) -> tuple[bytes, list]:
-    """The groups of one item of `chunks`, as an Arrow stream, and each source's counts (see `tokenise`)."""
+def groups_of(texts: Texts, tokenizer, keep: str, rules: dict, sizes: Tensor, rows: Tensor) -> tuple:
+    """(pyarrow.Table of the groups of one item of `chunks`, [each source's counts]). See `tokenise`."""
     counts = [Counter() for _ in texts.report]
     groups = [group for group, _ in tokenise(read_prompts(texts, sizes, rows), tokenizer, counts, keep=keep, **rules)]
-    stream = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(stream, FEATURES.arrow_schema) as out:
-        out.write_table(pyarrow.Table.from_pylist(groups, FEATURES.arrow_schema))
-    return stream.getvalue().to_pybytes(), counts
+    return pyarrow.Table.from_pylist(groups, FEATURES.arrow_schema), counts
 
 
 def totals(report: Iterable[Mapping]) -> Counter:

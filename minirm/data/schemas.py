@@ -8,7 +8,8 @@ schema knows are mapped on the command line: --columns prompt=question chosen=re
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from minirm.errors import InputError, shown
@@ -78,21 +79,19 @@ def _columns(row: dict) -> str:
 def recognise(row: dict) -> Schema:
     """A file's schema by its first row, with the columns used there. Raises InputError if none or several match."""
     fits = [s for s in SCHEMAS if all(set(column.split("|")) & row.keys() for column in s.columns.split())]
-    names = [{_name(row, *c.split("|")) for c in s.columns.split()} for s in fits]
+    columns = [[_name(row, *c.split("|")) for c in s.columns.split()] for s in fits]
     # Prefer a schema that requires all of another's columns and more.
-    fits = [s for s, mine in zip(fits, names) if not any(mine < other for other in names)]
+    fits = [(s, mine) for s, mine in zip(fits, columns) if not any({*mine} < {*other} for other in columns)]
     if not fits:
         missing = "chosen" if "chosen" not in row else "rejected"
-        raise InputError(
-            f"no column '{missing}'; expected chosen, rejected and optionally prompt, or another format in README.md; "
-            f"found {_columns(row)}; map other names with --columns prompt=NAME chosen=NAME rejected=NAME"
-        )
+        expected = "expected chosen, rejected and optionally prompt, or another format in README.md"
+        advice = "map other names with --columns prompt=NAME chosen=NAME rejected=NAME"
+        raise InputError(f"no column '{missing}'; {expected}; found {_columns(row)}; {advice}")
     if len(fits) > 1:
-        both = " and ".join(f"{s.name} ({', '.join(s.columns.split()).replace('|', ' or ')})" for s in fits)
+        both = " and ".join(f"{s.name} ({', '.join(s.columns.split()).replace('|', ' or ')})" for s, _ in fits)
         raise InputError(f"the columns match several schemas: {both}; remove the columns of all but one")
-    (schema,) = fits
-    columns = " ".join(_name(row, *c.split("|")) for c in schema.columns.split())
-    return schema._replace(columns=columns, prompt=_prompt_column(schema, row))
+    ((schema, used),) = fits
+    return schema._replace(columns=" ".join(used), prompt=_prompt_column(schema, row))
 
 
 def _prompt_column(schema: Schema, row: dict) -> str:
@@ -166,8 +165,7 @@ def used_columns(schema: Schema, row: dict) -> tuple[list[str], list[str]]:
     return used, [name for name, value in row.items() if name not in known and value and text(value)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One function per schema
+# -- One function per schema. -----------------------------------------------------------------------------------------
 def chosen_rejected(row: dict) -> Example:
     if all(isinstance(of, list) and of and isinstance(of[0], str) for of in (row["chosen"], row["rejected"])):
         return answer_lists(row)
@@ -199,7 +197,7 @@ def summarize_from_feedback(row: dict) -> Example:
     else:
         prompt = f"Article: {_text(info, 'article')}"
     answers = [f"TL;DR: {_text(summary, 'text').strip()}" for summary in summaries]
-    return _comparison(prompt, answers, better=_choice(row, "choice"))
+    return _comparison(prompt, answers, better=_choice(row, "choice", "0", "1"))
 
 
 def helpsteer(row: dict) -> Example:
@@ -215,11 +213,11 @@ def shp(row: dict) -> Example:
     ratio = _number(row, "score_ratio", low=1, optional=True)
     answers = [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
     margin = None if ratio is None else math.log(ratio)
-    return _comparison(_text(row, "history"), answers, margin, better=1 - _choice(row, "labels"))
+    return _comparison(_text(row, "history"), answers, margin, better=1 - _choice(row, "labels", "0", "1"))
 
 
 def safe_rlhf(row: dict) -> Example:
-    better = _choice(row, _name(row, "better_response_id", "safer_response_id"))
+    better = _choice(row, _name(row, "better_response_id", "safer_response_id"), "0", "1")
     return _comparison(_text(row, "prompt"), [_text(row, "response_0"), _text(row, "response_1")], better=better)
 
 
@@ -254,20 +252,14 @@ def answer_lists(row: dict) -> Example:
 
 
 def judge_bench(row: dict) -> Example:
-    answers = [_text(row, "response_A"), _text(row, "response_B")]
-    label = str(row["label"]).replace(" ", "")
-    if label not in ("A>B", "B>A", "A=B"):
-        raise InputError(f"'label' must be A>B, B>A or A=B, got {shown(row['label'])}")
-    margin, subset = (0.0 if label == "A=B" else None), row.get("source")
-    example = _comparison(_text(row, "question"), answers, margin, better=int(label == "B>A"))
-    return example._replace(subset=subset if isinstance(subset, str) else "")
+    answers, better = [_text(row, "response_A"), _text(row, "response_B")], _choice(row, "label", "A>B", "B>A", "A=B")
+    example = _comparison(_text(row, "question"), answers, 0.0 if better == 2 else None, better)
+    return example._replace(subset=row["source"] if isinstance(row.get("source"), str) else "")
 
 
 def llm_bar(row: dict) -> Example:
-    if str(row["label"]) not in ("1", "2"):
-        raise InputError(f"'label' must be 1 or 2, got {shown(row['label'])}")
-    answers = [_text(row, "output_1"), _text(row, "output_2")]
-    return _comparison(_text(row, "input"), answers, better=int(row["label"]) - 1)
+    better = _choice(row, "label", "1", "2")
+    return _comparison(_text(row, "input"), [_text(row, "output_1"), _text(row, "output_2")], better=better)
 
 
 def share_gpt(row: dict) -> Example:
@@ -290,12 +282,9 @@ def rejected_response(row: dict) -> Example:
     messages = _text(row, "messages")
     if not isinstance(messages, list) or messages[-1]["role"] != "assistant":
         raise InputError(f"'messages' must end with the assistant's answer, got {shown(row['messages'])}")
-    rejected = row["rejected_response"]
-    if isinstance(rejected, list) and rejected and isinstance(rejected[0], str):
-        rejected = [[{"role": "assistant", "content": _string(text, "rejected_response")}] for text in rejected]
-    else:
-        rejected = [[{"role": "assistant", "content": _string(rejected, "rejected_response")}]]
-    sides = [messages[-1:], *rejected]
+    texts = row["rejected_response"]
+    texts = texts if isinstance(texts, list) and texts and isinstance(texts[0], str) else [texts]
+    sides = [messages[-1:], *([{"role": "assistant", "content": _string(t, "rejected_response")}] for t in texts)]
     return _conversation(Example(messages[:-1], sides, [(0, k, 0.0) for k in range(1, len(sides))]))
 
 
@@ -313,21 +302,17 @@ def nectar(row: dict) -> Example:
 
 def ultrafeedback(row: dict) -> Example:
     """As published: an instruction and four completions, each with an overall score."""
-    return _rated(
-        row | {"prompt": row["instruction"]}, "completions", "response", lambda of: -_number(of, "overall_score")
-    )
+    row = row | {"prompt": row["instruction"]}
+    return _rated(row, "completions", "response", lambda of: -_number(of, "overall_score"))
 
 
 def _rated(row: dict, column: str, text: str, cost: Callable[[dict], float]) -> Example:
-    """Compare all pairs of objects in a list column: the lower cost is better, equal costs are ties."""
+    """Rank the objects in a list column by their costs."""
     objects = _list(row, column)
     if not isinstance(objects, list) or not objects or not all(isinstance(of, dict) for of in objects):
         raise InputError(f"'{column}' must be a list of objects with {text}, got {shown(objects)}")
     costs = [cost(of) for of in objects]
-    pairs = [(i, j, 0.0) for i, a in enumerate(costs) for j, b in enumerate(costs) if a < b]
-    ties = len(costs) * (len(costs) - 1) // 2 - len(pairs)
-    texts = [_text(of, text) for of in objects]
-    return _conversation(Example(_text(row, "prompt", optional=True), texts, pairs, ties))
+    return _ranking(_text(row, "prompt", optional=True), [_text(of, text) for of in objects], costs)
 
 
 def web_gpt(row: dict) -> Example:
@@ -342,18 +327,15 @@ def preferred(row: dict) -> Example:
     """Two answers, and which one is preferred: a, b or a tie. Numbers are rejected as ambiguous."""
     answers = [_text(row, "response_a"), _text(row, "response_b")]
     value = str(row["preference"]).strip().lower().removeprefix("response_")
-    if value in ("tie", "equal", "same"):
-        return _comparison(_text(row, "prompt", optional=True), answers, 0.0)
-    if value not in ("a", "b"):
+    tie = value in ("tie", "equal", "same")
+    if not tie and value not in ("a", "b"):
         raise InputError(f"'preference' must be a, b or tie, got {shown(row['preference'])}; numbers are ambiguous")
-    return _comparison(_text(row, "prompt", optional=True), answers, better=int(value == "b"))
+    return _comparison(_text(row, "prompt", optional=True), answers, 0.0 if tie else None, better=int(value == "b"))
 
 
 def stepwise(row: dict) -> Example:
-    raise InputError(
-        "prompt, completions and labels are stepwise supervision, where each completion is a right or wrong step of one "
-        "answer; expected answers to compare"
-    )
+    what = "stepwise supervision, where each completion is a right or wrong step of one answer"
+    raise InputError(f"prompt, completions and labels are {what}; expected answers to compare")
 
 
 def point_wise(row: dict) -> Example:
@@ -369,16 +351,13 @@ def point_wise(row: dict) -> Example:
 
 
 def by_score(rows: list[Example]) -> Example:
-    """Merge all rows of a prompt from `point_wise` into one example with all ordered pairs; equal scores are ties."""
-    scores = [row.pairs[0][2] for row in rows]
-    pairs = [(i, j, 0.0) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
-    ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
-    answers = [row.completions[0] for row in rows]
-    return _conversation(Example(rows[0].prompt, answers, pairs, ties, subset=rows[0].subset))
+    """Merge all rows of a prompt from `point_wise` into one example."""
+    answers, costs = [row.completions[0] for row in rows], [-row.pairs[0][2] for row in rows]
+    return _ranking(rows[0].prompt, answers, costs, subset=rows[0].subset)
 
 
 def ranked(row: dict) -> Example:
-    """All ordered pairs. Best first unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
+    """Best first unless there are `scores` (higher is better) or a `rank` (1 is the best)."""
     texts = _list(row, "completions")
     column = next((name for name in ("scores", "rank") if row.get(name) not in (None, "")), None)
     if not isinstance(texts, list) or not texts:
@@ -388,10 +367,8 @@ def ranked(row: dict) -> Example:
         raise InputError(f"'{column}' must be a list of {len(texts)} numbers, one per completion, got {shown(values)}")
     if column:
         values = [(1 if column == "rank" else -1) * _number({column: value}, column) for value in values]
-    pairs = [(i, j, 0.0) for i, a in enumerate(values) for j, b in enumerate(values) if a < b]
-    ties = len(texts) * (len(texts) - 1) // 2 - len(pairs)
     texts = [_text({"completions": text}, "completions") for text in texts]
-    return _conversation(Example(_text(row, "prompt", optional=True), texts, pairs, ties, column is not None))
+    return _ranking(_text(row, "prompt", optional=True), texts, values, labelled=column is not None)
 
 
 SCHEMAS = [
@@ -419,24 +396,30 @@ SCHEMAS = [
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared helpers
+# -- Shared helpers. --------------------------------------------------------------------------------------------------
 TURN = "\n\nAssistant:"
 ODD_END, ODD_PROMPTS = "an answer ends with a user turn", "the answers have different prompts"
 
 
 def _is_transcript(row: dict) -> bool:
-    prompt = row.get("prompt") or ""  # in some files it repeats the question
-    return isinstance(prompt, str) and all(
-        isinstance(side, str) and side.lstrip().startswith("Human:") and TURN in side and prompt.strip() in side
-        for side in (row["chosen"], row["rejected"])
-    )
+    prompt, *sides = row.get("prompt") or "", row["chosen"], row["rejected"]
+    if not all(isinstance(text, str) for text in (prompt, *sides)):
+        return False
+    # In some files the prompt repeats the question.
+    return all(side.lstrip().startswith("Human:") and TURN in side and prompt.strip() in side for side in sides)
 
 
 def _comparison(prompt, completions: list, margin: float | None = None, better: int = 0) -> Example:
     """Make an Example of two completions; `better` is the index of the chosen one. A margin of 0 is a tie."""
     pairs = [] if margin == 0 else [(better, 1 - better, margin or 0.0)]
     return _conversation(Example(prompt, completions, pairs, ties=1 - len(pairs)))
+
+
+def _ranking(prompt, completions: list, costs: Sequence[float], **more) -> Example:
+    """Compare all pairs of completions: the lower cost is better, equal costs are ties."""
+    pairs = [(i, j, 0.0) for i, a in enumerate(costs) for j, b in enumerate(costs) if a < b]
+    ties = len(costs) * (len(costs) - 1) // 2 - len(pairs)
+    return _conversation(Example(prompt, completions, pairs, ties, **more))
 
 
 def _conversation(example: Example) -> Example:
@@ -488,10 +471,12 @@ def _text(row: dict, column: str, optional: bool = False) -> str | Messages:
 def _message(message: dict, column: str) -> dict[str, Any]:
     """Role, content and tool-use fields for the chat template, without fields that Parquet filled with null."""
     more = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key) is not None}
-    role = _string(message.get("role"), f"{column}: role")
-    if message.get("content") is None and more.get("tool_calls"):
-        return {"role": role, "content": "", **more}
-    return {"role": role, "content": _content(message.get("content"), f"{column}: content"), **more}
+    role, content = _string(message.get("role"), f"{column}: role"), message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(_string(part.get("text"), f"{column}: content") for part in content)
+    elif content is None and more.get("tool_calls"):
+        content = ""
+    return {"role": role, "content": _string(content, f"{column}: content"), **more}
 
 
 def _string(value: Any, column: str) -> str:
@@ -502,13 +487,6 @@ def _string(value: Any, column: str) -> str:
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can contain and tokenizers reject
         raise InputError(f"'{column}' is not valid Unicode ({error})") from None
     return value
-
-
-def _content(value: Any, column: str) -> str:
-    """A message's content: a string, or the joined parts of a list if all of them have type text."""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        return "".join(_string(part.get("text"), column) for part in value)
-    return _string(value, column)
 
 
 def _number(row: dict, column: str, low=-math.inf, high=math.inf, optional: bool = False) -> float | None:
@@ -524,20 +502,19 @@ def _number(row: dict, column: str, low=-math.inf, high=math.inf, optional: bool
     return number
 
 
-def _choice(row: dict, column: str) -> int:
-    if str(row.get(column)) not in ("0", "1"):
-        raise InputError(f"'{column}' must be 0 or 1, got {shown(row.get(column))}")
-    return int(row[column])
+def _choice(row: dict, column: str, *names: str) -> int:
+    """The index in `names` of a column's value, ignoring spaces."""
+    if (value := str(row.get(column)).replace(" ", "")) not in names:
+        raise InputError(f"'{column}' must be {', '.join(names[:-1])} or {names[-1]}, got {shown(row.get(column))}")
+    return names.index(value)
 
 
 def _list(row: dict, column: str) -> Any:
     """A column's value, parsed if it is a list written as a JSON string."""
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
+        with suppress(ValueError):  # just a text that begins with a bracket
             return json.loads(value)
-        except ValueError:
-            pass  # just a text that begins with a bracket
     return value
 
 

@@ -13,7 +13,8 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,9 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zX": ".xz", b"(\xb5/\xfd": ".zst", b"PAR1": ".parquet"}
 A_FILE = f"a {', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]} file"
 SPLITS = "train|test|validation|valid|val|dev|eval"
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # errors of a damaged compressed file
 
 
 class Source(NamedTuple):
-    """A parsed source."""
-
     typed: str
     place: str  # path, glob, URL or name
     parts: list[str]  # the parts after colons: [], [split] or [config, split]
@@ -45,18 +43,13 @@ class Source(NamedTuple):
 
 def parse(source: str) -> Source:
     """Parse a source. Raises InputError for an invalid amount."""
-    place, rows, share = source, None, 1.0
+    place, rows, share, parts = source, None, 1.0, []
     if (amount := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)) and not Path(source).exists():
         place, number = amount.groups()
-        if "." in number:
-            share = float(number)
-        else:
-            rows = int(number)
+        rows, share = (None, float(number)) if "." in number else (int(number), 1.0)
         if rows == 0 or not 0 < share <= 1:
-            raise InputError(
-                f"{source}: @{number} must be a number of rows, as in @1000, or a share up to 1, as in @0.5"
-            )
-    parts: list[str] = []
+            expected = "a number of rows, as in @1000, or a share up to 1, as in @0.5"
+            raise InputError(f"{source}: @{number} must be {expected}")
     # A colon may also be part of a file name or a URL.
     while not Path(place).exists() and len(parts) < 2 and re.search(r":(?!//)[^:/\\]*$", place):
         place, _, part = place.rpartition(":")
@@ -66,10 +59,8 @@ def parse(source: str) -> Source:
 
 def kind_of(path: str) -> str:
     """A file's suffix without compression, such as ".jsonl" for x.jsonl.gz; "" if it is not in FILE_TYPES."""
-    path = path.partition("?")[0]
-    suffix = Path(path).suffix
-    suffix = Path(path.removesuffix(suffix)).suffix if suffix in COMPRESSED else suffix
-    return suffix if suffix in FILE_TYPES else ""
+    suffixes = [suffix for suffix in Path(path.partition("?")[0]).suffixes if suffix not in COMPRESSED]
+    return suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else ""
 
 
 def files_of(source: Source) -> list[str] | None:
@@ -77,9 +68,8 @@ def files_of(source: Source) -> list[str] | None:
     place, local = source.place, "://" not in source.place
     if re.search(r"[*?[]", place.partition("?")[0] if "://" in place else place) and not Path(place).exists():
         fs, pattern = fsspec.core.url_to_fs(place)
-        found = [
-            fs.unstrip_protocol(path).removeprefix("file://") for path in sorted(fs.glob(pattern)) if kind_of(path)
-        ]
+        paths = filter(kind_of, sorted(fs.glob(pattern)))
+        found = [fs.unstrip_protocol(path).removeprefix("file://") for path in paths]
     elif local and Path(place).is_dir() and not kind_of(place):
         folder = Path(place)
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
@@ -107,20 +97,14 @@ def left_out(source: str) -> list[str]:
 
 
 def _files_in(folder: Path) -> list[str]:
-    return [
-        str(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and kind_of(path.name) and not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())
-    ]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name))
+    return [str(path) for path in files if not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())]
 
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
     """The files whose names contain the requested split, or else train; all files if no name contains a split."""
-    found = {}
-    for file in files:
-        name = Path(file).relative_to(folder).as_posix()
-        if match := re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", name):
-            found[file] = match[1]
+    named = re.compile(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)")
+    found = {file: m[1] for file in files if (m := named.search(Path(file).relative_to(folder).as_posix()))}
     wanted, splits = source.parts[-1] if source.parts else "train", {*found.values()}
     if not splits and not source.parts:
         return files
@@ -137,9 +121,7 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     wrong value, turns the CSV answer "NA" into None, and fails on columns that are not needed.
     """
     parsed = parse(source)
-    for number, (where, row) in enumerate(_all_rows(parsed)):
-        if number == parsed.rows:
-            return
+    for number, (where, row) in enumerate(islice(_all_rows(parsed), parsed.rows)):
         if int((number + 1) * parsed.share) == int(number * parsed.share):
             continue
         if not isinstance(row, dict):
@@ -171,16 +153,23 @@ def _numbered(name: str, rows) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{name}, row {number + 1}: cannot be read ({one_line(error)})") from None
 
 
+@contextmanager
+def _reachable(file: str) -> Iterator[None]:
+    """Turn the errors of a file system, or that its package is missing, into an InputError."""
+    try:
+        yield
+    except ImportError as error:  # s3fs or similar
+        raise InputError(f"{file}: {one_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - each file system has its own errors
+        raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
+
+
 def _open(file: str, **text):
     """Open a file or URL, decompressed: as binary, or as text with encoding=... . Raises InputError if that fails."""
     if Path(file.partition("?")[0]).suffix == ".zst" and "zstd" not in fsspec.available_compressions():
         raise InputError(f"{file}: zstandard is not installed; run: pip install zstandard")
-    try:
+    with _reachable(file):
         return fsspec.open(file, "rt" if text else "rb", compression="infer", **text).open()
-    except ImportError as error:  # s3fs or similar
-        raise InputError(f"{file}: {one_line(error)}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or one_line(error)}; expected {A_FILE}") from None
 
 
 def _read_parquet(file: str) -> Iterator[dict]:
@@ -205,7 +194,7 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
             raw.seek(0)
             line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
         raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except DAMAGED as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # a damaged compressed file
         raise InputError(f"{file}: cannot be read ({one_line(error)}); is the file complete?") from None
 
 
@@ -218,10 +207,8 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{file}:1: two columns have the name {shown(twice[0])}; rename one of them")
         other = re.search(r"[;|\t]", (reader.fieldnames or [""])[0])
         if other and len(reader.fieldnames) == 1:
-            raise InputError(
-                f"{file}:1: only one column, {shown(reader.fieldnames[0])}; separate columns by commas in .csv and by "
-                f"tabs in .tsv, not by {json.dumps(other[0])}"
-            )
+            advice = f"separate columns by commas in .csv and by tabs in .tsv, not by {json.dumps(other[0])}"
+            raise InputError(f"{file}:1: only one column, {shown(reader.fieldnames[0])}; {advice}")
         for row in reader:
             if None in row:  # an unquoted comma would silently truncate the text
                 fields = f"{len(row) - 1 + len(row[None])} fields for {len(reader.fieldnames)} columns"
@@ -229,34 +216,28 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{file}:{reader.line_num}: {fields}; {advice}")
             yield f"{file}:{reader.line_num}", row
     except csv.Error as error:  # the row begins on the line after the last good row
-        raise InputError(
-            f"{file}:{reader.line_num + 1}: not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
-        ) from None
+        why = f"not {'TSV' if tabs else 'CSV'} ({error!s:.200})".replace("\t", r"\t")
+        raise InputError(f"{file}:{reader.line_num + 1}: {why}") from None
 
 
 def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
-    head: list[str] = []  # up to the first non-blank line; a .zst file cannot be read twice
-    while (not head or head[-1].isspace()) and (line := opened.readline()):
-        head.append(line)
-    first = head[-1].lstrip() if head else ""
-    one_a_line = not first.startswith("[")
-    if first.startswith("{"):  # either JSON lines, common in .json files, or one multi-line object with all splits
-        try:
-            json.loads(first)
-        except (ValueError, RecursionError):
-            one_a_line = False
-    if one_a_line:
-        yield from _read_json_lines(file, chain(head, opened), source)
-        return
-    text = "".join(head) + opened.read()
+    text = opened.read()
     try:
-        rows = json.loads(text, object_pairs_hook=_object)
+        rows = json.loads(text if text.strip() else "[]", object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number with over 4,300 digits
-        raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
-    if isinstance(rows, list):
+        if getattr(error, "msg", "") != "Extra data" or not text.lstrip().startswith("{"):
+            raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
+        rows = None
+    del text
+    if isinstance(rows, dict):
+        rows = _split_of(rows, file, source)
+    else:
         _no_splits(source, file)
-    rows = _split_of(rows, file, source) if isinstance(rows, dict) else rows
-    yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+    if isinstance(rows, list):
+        yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+    else:  # JSON lines, common in .json files
+        with _open(file, encoding="utf-8-sig", newline="") as again:
+            yield from _read_json_lines(file, again, source)
 
 
 def _no_splits(source: Source, file: str) -> None:
@@ -279,7 +260,7 @@ def _split_of(whole: dict, file: str, source: Source) -> list:
     return lists[wanted]
 
 
-def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(file: str, opened, _) -> Iterator[tuple[str, Any]]:
     decode = json.JSONDecoder(object_pairs_hook=_object).decode  # json.loads would make a decoder per line
     for number, line in enumerate(opened, 1):
         if line.isspace():
@@ -288,11 +269,6 @@ def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, A
             row = decode(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file}:{number}: not JSON ({one_line(error)}); expected one object per line") from None
-        if number == 1 and kind_of(file) == ".json" and isinstance(row, dict):
-            rows = _split_of(row, file, source)
-            if rows != [row]:
-                yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
-                continue
         yield f"{file}:{number}", row
 
 
@@ -316,9 +292,8 @@ def _load(source: Source) -> datasets.Dataset:
                 raise InputError(f"{source.typed}: the folder contains one dataset without splits; use {source.place}")
             return loaded
         if split not in loaded:
-            raise InputError(
-                f"{source.typed}: no split {split}; found {', '.join(loaded)}; use {source.place}:{min(loaded)}"
-            )
+            advice = f"found {', '.join(loaded)}; use {source.place}:{min(loaded)}"
+            raise InputError(f"{source.typed}: no split {split}; {advice}")
         return loaded[split]
     with refusing(f"{source.typed}: neither {A_FILE} nor a dataset that can be loaded"):  # the hub client's errors
         try:
@@ -337,15 +312,7 @@ def fingerprint(source: str) -> str:
         return _load(parsed)._fingerprint
     prints = []
     for file in files:
-        try:
-            if "://" in file:
-                fs, path = fsspec.core.url_to_fs(file)
-                prints.append(str(fs.ukey(path)))
-            else:
-                prints.append(file_digest(Path(file)))
-        except ImportError as error:
-            raise InputError(f"{file}: {one_line(error)}") from None
-        except Exception as error:  # noqa: BLE001 - each file system has its own errors
-            why = getattr(error, "strerror", None) or one_line(error)
-            raise InputError(f"{file}: {why}; expected {A_FILE}") from None
+        with _reachable(file):
+            fs, path = fsspec.core.url_to_fs(file)
+            prints.append(str(fs.ukey(path)) if "://" in file else file_digest(Path(file)))
     return " ".join(prints)

@@ -9,8 +9,6 @@ from minirm.data.chat import render, special_ids
 from minirm.errors import InputError
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
 def encode(tokenizer, texts: list[str], chat: bool = False, eos: bool = True) -> list[list[int]]:
     """Token ids of texts. They begin with the tokenizer's BOS once, even if a text already contains it, and end with
     one EOS, or with the chat template's end-of-turn token."""

@@ -11,7 +11,6 @@ from minirm.plot import read_rows
 from minirm.report.lines import PUBLISHED, data_table, typed
 from minirm.run import UNSAID
 
-# The README.md of a trained model; see `model_card`.
 CARD = """---
 library_name: transformers
 pipeline_tag: text-classification
@@ -76,16 +75,12 @@ train.py {recipe}
 | --- | --- | --- |
 {curve}
 """
-
-
 # Added if the tokenizer has a chat template.
 CHAT = """For chat data, `tokenizer.apply_chat_template(messages, tokenize=False)` returns the text, and its last token is
 scored. Tokenise it with `add_special_tokens=False`. TRL does the same with messages if you pass the folder,
 `reward_funcs=folder`.
 
 """
-
-
 # Added if transformers has no class for the family.
 REMOTE = """
 

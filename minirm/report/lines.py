@@ -33,10 +33,7 @@ def print0(line: str) -> None:
 
 
 def start_report(args, inputs: Inputs, sample: list[Batch], total_steps: int) -> str:
-    """All flags, the table of comparisons, the trained share, the marked pair, and warnings.
-
-    sample: some micro-batches of one process, to measure the share of padding.
-    """
+    """All flags, the data's table, padding (measured in `sample`), the trained share, the marked pair, and warnings."""
     data, layout, not_shared = inputs.data, inputs.layout, inputs.not_shared
     padding = 1 - sum(batch.tokens for batch in sample) / sum(batch.input_ids.numel() for batch in sample)
     lines = [f"  --{name} {value!r}" for name, value in sorted(vars(args).items())]
@@ -61,17 +58,12 @@ def rate_warnings(args, total_steps: int) -> list[tuple[bool, str]]:
     """(whether to print it, warning) for flags with which the weights move too little to learn anything."""
     rate, warm_up = args.learning_rate, args.warmup_steps if args.lr_scheduler_type != "constant" else 0
     path = rate * total_steps
-    unreached = (
-        f"warning: --warmup_steps {warm_up} takes all {total_steps} steps, so --learning_rate is never reached; warm up for "
-        "a tenth of the steps"
-    )
-    little = (
-        f"warning: {total_steps} steps at --learning_rate {rate:g} move a weight by at most {path:.1g}, but weights are "
-        "about 0.02; raise --learning_rate (1e-4 for a model below 1B), or train longer"
-    )
+    unreached = f"--warmup_steps {warm_up} takes all {total_steps} steps, so --learning_rate is never reached"
+    little = f"{total_steps} steps at --learning_rate {rate:g} move a weight by at most {path:.1g}"
+    advice = "but weights are about 0.02; raise --learning_rate (1e-4 for a model below 1B), or train longer"
     return [
-        (warm_up >= total_steps > 0, unreached),
-        (0 < path < LEAST_PATH and args.freeze_ratio < 1, little),
+        (warm_up >= total_steps > 0, f"warning: {unreached}; warm up for a tenth of the steps"),
+        (0 < path < LEAST_PATH and args.freeze_ratio < 1, f"warning: {little}, {advice}"),
     ]
 
 
@@ -139,29 +131,24 @@ def marked_pair(group: dict, tokenizer) -> str:
 
 def headline(row: dict) -> str:
     """Format an evaluation's row of metrics.jsonl for people."""
-    return (
-        f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.4f} ({row['eval_accuracy_low']:.3f} to "
-        f"{row['eval_accuracy_high']:.3f}), loss {row['eval_loss']:.4f}, reward margin {row['eval_reward_margin']:.4f} "
-        f"({row['eval_pairs']} pairs, {row['eval_ties']} ties)"
-    )
+    accuracy = "accuracy {eval_accuracy:.4f} ({eval_accuracy_low:.3f} to {eval_accuracy_high:.3f})"
+    rest = "loss {eval_loss:.4f}, reward margin {eval_reward_margin:.4f} ({eval_pairs} pairs, {eval_ties} ties)"
+    return f"step {{step}}: held-out {accuracy}, {rest}".format_map(row)
 
 
 def last_words(exported: dict, last: dict, output: Path) -> str:
     """The last line of a run: the quality of the exported model and of the last one, from two evaluation rows."""
-    line = f"held-out accuracy {exported['eval_accuracy']:.4f} on {exported['eval_pairs']} pairs"
+    line = "held-out accuracy {eval_accuracy:.4f} on {eval_pairs} pairs".format_map(exported)
     if exported["step"] < last["step"]:
-        line += (
-            f" at step {exported['step']}, which had the lowest loss, {exported['eval_loss']:.4f} (at the last "
-            f"step, {last['step']}: accuracy {last['eval_accuracy']:.4f}, loss {last['eval_loss']:.4f})"
-        )
+        line += " at step {step}, which had the lowest loss, {eval_loss:.4f}".format_map(exported)
+        line += " (at the last step, {step}: accuracy {eval_accuracy:.4f}, loss {eval_loss:.4f})".format_map(last)
     which, alone = length_alone(exported)
     if exported["eval_accuracy_low"] <= 0.5:
         line += f", no better than chance (its 95 % interval starts at {exported['eval_accuracy_low']:.3f})"
     elif exported["eval_accuracy_low"] <= alone:
         line += f", no better than always choosing the {which} answer ({alone:.4f})"
-    return (
-        f"{line}; the model is in {printable(output)}: load it with AutoModelForSequenceClassification.from_pretrained"
-    )
+    advice = "load it with AutoModelForSequenceClassification.from_pretrained"
+    return f"{line}; the model is in {printable(output)}: {advice}"
 
 
 def length_alone(row: dict) -> tuple[str, float]:
@@ -174,11 +161,11 @@ def length_alone(row: dict) -> tuple[str, float]:
 def final_report(row: dict) -> str:
     """Details of an evaluation: whether length explains the accuracy, where in the answer it arises, calibration."""
     which, alone = length_alone(row)
-    model = f"{row['eval_accuracy']:.1%} ({row['eval_accuracy_low']:.1%} to {row['eval_accuracy_high']:.1%})"
+    model = "{eval_accuracy:.1%} ({eval_accuracy_low:.1%} to {eval_accuracy_high:.1%})".format_map(row)
     by_length = []
     for bucket in row["eval_by_length"]:
-        span = f"{bucket['low']:+}" + (f"..{bucket['high']:+}" if bucket["low"] < bucket["high"] else "")
-        by_length.append(f"{span}: {bucket['accuracy']:.2f} ({bucket['pairs']})")
+        span = "{low:+}..{high:+}" if bucket["low"] < bucket["high"] else "{low:+}"
+        by_length.append((span + ": {accuracy:.2f} ({pairs})").format_map(bucket))
     by_tenth = " ".join(f"{share:.2f}" for share in row["eval_accuracy_by_position"])
     lines = [
         f"correct          {model} of the held-out pairs; always choosing the {which} answer: {alone:.1%}",
@@ -187,9 +174,8 @@ def final_report(row: dict) -> str:
         f"calibration      sigmoid(|difference|) differs from accuracy by {row['eval_calibration_error']:.3f} on average",
     ]
     if alone >= row["eval_accuracy_low"]:
-        lines.append(
-            f"Length alone does as well as this model: always choosing the {which} answer gets {alone:.1%} right."
-        )
+        what = f"always choosing the {which} answer gets {alone:.1%} right"
+        lines.append(f"Length alone does as well as this model: {what}.")
     return "\n".join(lines)
 
 

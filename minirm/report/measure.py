@@ -69,10 +69,9 @@ def calibration(chosen: Tensor, rejected: Tensor, buckets: int = 10) -> dict:
     difference = (chosen - rejected).double()
     difference = difference[~difference.isnan()]
     predicted, observed = difference.abs().sigmoid(), (difference.sign() + 1) / 2
-    table = [
-        {"predicted": predicted[i].mean().item(), "observed": observed[i].mean().item(), "pairs": len(i)}
-        for i in like(difference.abs(), buckets)
-    ]
+    mean = lambda values: values.mean().item()
+    groups = like(difference.abs(), buckets)
+    table = [{"predicted": mean(predicted[i]), "observed": mean(observed[i]), "pairs": len(i)} for i in groups]
     error = sum(row["pairs"] * abs(row["predicted"] - row["observed"]) for row in table)
     return {"calibration_error": error / max(1, len(difference)), "calibration": table}
 

@@ -14,10 +14,9 @@ PROFILED = ("matrix products", "attention", "other operations", "communication",
 
 
 def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) -> Callable[[], None]:
-    """Return a function to call after every step. It profiles `steps` steps from the third on (0: none).
+    """Return a function to call after every step. It profiles `steps` (0: none) of the `coming` ones.
 
-    Then every process writes its Chrome trace to `output`, and rank 0 prints where the time went.
-    coming: the number of steps that remain.
+    It skips the first two. Then every process writes its Chrome trace to `output`, and rank 0 prints shares of time.
     """
     rank = dist.get_rank()
     if not steps or coming < steps + 2:
@@ -30,9 +29,8 @@ def profiler(steps: int, coming: int, output: Path, group: dist.ProcessGroup) ->
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, time_shares(profile.events()), group=group)
         if rank == 0:
-            print(
-                f"profiled {steps} steps (traces: {printable(output)}/trace-rank*.json.gz); shares of each process's time:"
-            )
+            traces = f"{printable(output)}/trace-rank*.json.gz"
+            print(f"profiled {steps} steps (traces: {traces}); shares of each process's time:")
             print(profile_table(everyone, steps))
 
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1, skip_first=1)

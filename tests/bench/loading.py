@@ -52,7 +52,7 @@ def load(folder: str) -> None:
         model = empty_model(config)
         freeze_bottom_layers(model, 0.7)
         shard.shard(model, mesh, torch.float32)
-        read = stored_weights(folder, config, model, 0)
+        read = stored_weights(folder, model, 0)
         shard.fill(model, device, False, patient, read, lambda: load_weights(folder, config, 0))
     else:
         model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)

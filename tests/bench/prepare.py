@@ -36,7 +36,9 @@ def watch():
         time.sleep(0.05)
 """
 MINIRM = """
+import gc
 from minirm.data.prepare import prepare
+gc.freeze()  # as train.py does
 tokenizer = transformers.AutoTokenizer.from_pretrained({model!r})
 before, anonymous, begin, cpu = memory("VmHWM"), memory("RssAnon"), time.perf_counter(), time.process_time()
 threading.Thread(target=watch, daemon=True).start()
