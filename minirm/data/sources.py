@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zX": ".xz", b"(\xb5/\xfd": ".zst", b"PAR1": ".parquet"}
 A_FILE = f"a {', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]} file"
 SPLITS = "train|test|validation|valid|val|dev|eval"
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)  # errors of a damaged compressed file
 
 
 class Source(NamedTuple):
+    """A parsed source."""
+
     typed: str
     place: str  # path, glob, URL or name
     parts: list[str]  # the parts after colons: [], [split] or [config, split]
@@ -59,8 +62,10 @@ def parse(source: str) -> Source:
 
 def kind_of(path: str) -> str:
     """A file's suffix without compression, such as ".jsonl" for x.jsonl.gz; "" if it is not in FILE_TYPES."""
-    suffixes = [suffix for suffix in Path(path.partition("?")[0]).suffixes if suffix not in COMPRESSED]
-    return suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else ""
+    path = path.partition("?")[0]
+    suffix = Path(path).suffix
+    suffix = Path(path.removesuffix(suffix)).suffix if suffix in COMPRESSED else suffix
+    return suffix if suffix in FILE_TYPES else ""
 
 
 def files_of(source: Source) -> list[str] | None:
@@ -103,8 +108,11 @@ def _files_in(folder: Path) -> list[str]:
 
 def of_split(source: Source, files: list[str], folder: Path) -> list[str]:
     """The files whose names contain the requested split, or else train; all files if no name contains a split."""
-    named = re.compile(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)")
-    found = {file: m[1] for file in files if (m := named.search(Path(file).relative_to(folder).as_posix()))}
+    found = {}
+    for file in files:
+        name = Path(file).relative_to(folder).as_posix()
+        if match := re.search(rf"(?:^|[-_./])({SPLITS})(?:[-_./\d]|$)", name):
+            found[file] = match[1]
     wanted, splits = source.parts[-1] if source.parts else "train", {*found.values()}
     if not splits and not source.parts:
         return files
@@ -121,7 +129,9 @@ def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     wrong value, turns the CSV answer "NA" into None, and fails on columns that are not needed.
     """
     parsed = parse(source)
-    for number, (where, row) in enumerate(islice(_all_rows(parsed), parsed.rows)):
+    for number, (where, row) in enumerate(_all_rows(parsed)):
+        if number == parsed.rows:
+            return
         if int((number + 1) * parsed.share) == int(number * parsed.share):
             continue
         if not isinstance(row, dict):
@@ -194,7 +204,7 @@ def _read_text(file: str, source: Source) -> Iterator[tuple[str, Any]]:
             raw.seek(0)
             line = next(n for n, line in enumerate(raw, 1) if line.decode(errors="ignore").encode() != line)
         raise InputError(f"{file}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # a damaged compressed file
+    except DAMAGED as error:
         raise InputError(f"{file}: cannot be read ({one_line(error)}); is the file complete?") from None
 
 
@@ -221,23 +231,28 @@ def _read_csv(file: str, opened, _) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
-    text = opened.read()
+    head: list[str] = []  # up to the first non-blank line; a .zst file cannot be read twice
+    while (not head or head[-1].isspace()) and (line := opened.readline()):
+        head.append(line)
+    first = head[-1].lstrip() if head else ""
+    one_a_line = not first.startswith("[")
+    if first.startswith("{"):  # either JSON lines, common in .json files, or one multi-line object with all splits
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            one_a_line = False
+    if one_a_line:
+        yield from _read_json_lines(file, chain(head, opened), source)
+        return
+    text = "".join(head) + opened.read()
     try:
-        rows = json.loads(text if text.strip() else "[]", object_pairs_hook=_object)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number with over 4,300 digits
-        if getattr(error, "msg", "") != "Extra data" or not text.lstrip().startswith("{"):
-            raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
-        rows = None
-    del text
-    if isinstance(rows, dict):
-        rows = _split_of(rows, file, source)
-    else:
-        _no_splits(source, file)
+        raise InputError(f"{file}:{getattr(error, 'lineno', 1)}: not JSON ({one_line(error)})") from None
     if isinstance(rows, list):
-        yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
-    else:  # JSON lines, common in .json files
-        with _open(file, encoding="utf-8-sig", newline="") as again:
-            yield from _read_json_lines(file, again, source)
+        _no_splits(source, file)
+    rows = _split_of(rows, file, source) if isinstance(rows, dict) else rows
+    yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def _no_splits(source: Source, file: str) -> None:
@@ -260,7 +275,7 @@ def _split_of(whole: dict, file: str, source: Source) -> list:
     return lists[wanted]
 
 
-def _read_json_lines(file: str, opened, _) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(file: str, opened, source: Source) -> Iterator[tuple[str, Any]]:
     decode = json.JSONDecoder(object_pairs_hook=_object).decode  # json.loads would make a decoder per line
     for number, line in enumerate(opened, 1):
         if line.isspace():
@@ -269,6 +284,11 @@ def _read_json_lines(file: str, opened, _) -> Iterator[tuple[str, Any]]:
             row = decode(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{file}:{number}: not JSON ({one_line(error)}); expected one object per line") from None
+        if number == 1 and kind_of(file) == ".json" and isinstance(row, dict):
+            rows = _split_of(row, file, source)
+            if rows != [row]:
+                yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+                continue
         yield f"{file}:{number}", row
 
 
