@@ -5,6 +5,10 @@ Prints one JSON object on stdout and a table on stderr. Works with any transform
 has one label. A decoder with a linear head computes each prompt only once for all its completions.
 """
 
+import gc
+
+gc.disable()  # while imports create objects that live on, as in train.py
+
 import argparse
 import math
 import os
@@ -41,6 +45,9 @@ from minirm.report.measure import agreement, by_name, calibration, file_names
 from minirm.rows import collate
 from minirm.shard import DTYPES
 from minirm.weights import loading
+
+gc.freeze()
+gc.enable()
 
 WORTH_SHARING = 0.9  # if a shared row has more than this share of the tokens, its mask costs as much as sharing saves
 
