@@ -59,6 +59,8 @@ BY_HAND = {  # families whose sizes depend on each other
     },
     "bamba": NARROW | MAMBA_2 | {"attn_layer_indices": [1]},
     "codegen": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},  # needs a multiple of four heads
+    "dory": NARROW | {"head_dim": 16, "num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1, "sliding_window": 8},
+    "dots1": NARROW | {"moe_intermediate_size": 32, "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "doge": NARROW | {"keep_window_size": 2048},  # beyond this many tokens it also attends to later ones
     "falcon_h1": NARROW | MAMBA_2 | {"mamba_d_ssm": 64},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
@@ -71,11 +73,18 @@ BY_HAND = {  # families whose sizes depend on each other
     "hunyuan_v1_dense": NARROW | {"head_dim": 16},
     "hunyuan_v1_moe": NARROW | {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": NARROW | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4, "num_experts": 4},
+    "lfm2_moe": NARROW | {
+        "moe_intermediate_size": 32, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "ministral": NARROW | {"head_dim": 16},
+    "nemotron": NARROW | {"head_dim": 16},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
     "recurrent_gemma": NARROW | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "mamba2": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8,
     },
+    "zaya": NARROW | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "router_hidden_size": 16},
     "zamba2": NARROW | {
         "layers_block_type": ["linear_attention", "hybrid"], "num_key_value_heads": 2, "mamba_d_state": 8, "chunk_size": 8,
     },
