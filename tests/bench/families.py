@@ -41,7 +41,7 @@ LIMIT = 300  # seconds per family
 # Entries that make a configuration small, besides those that the probe knows: upper limits and exact values.
 AT_MOST = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_routed_experts": 4,
-    "moe_k": 2, "num_experts_per_token": 2,
+    "moe_k": 2, "num_experts_per_token": 2, "linear_num_heads": 2, "linear_head_dim": 16,
 }  # fmt: skip
 EXACTLY = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
 MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -80,6 +80,12 @@ BY_HAND = {  # families whose sizes depend on each other
     "ministral": NARROW | {"head_dim": 16},
     "nemotron": NARROW | {"head_dim": 16},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    "qwen4_exp_text": NARROW | {
+        "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "hc_count": 2, "hc_lowrank": 8,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    },
     "recurrent_gemma": NARROW | {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "mamba2": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8,
