@@ -1,11 +1,12 @@
 """Compare the speed of shared and separate rows: pairs per second of whole optimizer steps.
 
-    OMP_NUM_THREADS=2 python tests/bench/rows.py [--model llama|gptj] [--width 512] [--layers 12] [--precision fp32] [--repeat 5]
+    OMP_NUM_THREADS=2 python tests/bench/rows.py [--model llama|gptj] [--width 512] [--layers 12] [--precision fp32]
+        [--lora_rank 0] [--repeat 5]
 
 Shapes: (a) summaries, one comparison per prompt; (b) ranking, 4 answers and all 6 comparisons; (c) transcripts. Layouts:
 shared (each prompt once), separate (each answer once with its prompt), and two full sequences per comparison, as in other
-trainers. Shared rows are also timed without the thread that reads batches ahead. The layouts take turns, so a busy machine
-slows all of them. Medians are shown.
+trainers. Shared rows are also timed without the thread that reads batches ahead, and with adapters. The layouts take turns,
+so a busy machine slows all of them. Medians are shown.
 """
 
 import argparse
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--lora_rank", type=int, default=0, help="also time shared rows with adapters of this rank")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
 
@@ -154,7 +156,8 @@ def main() -> None:
     config = make_config(args.model, args.width, args.layers)
     torch.manual_seed(0)
     source = RewardModel(transformers.AutoModel.from_config(config))
-    trainer = Trainer(config, dict([*source.named_parameters(), *source.named_buffers()]), device, mesh, dtype)
+    weights = dict([*source.named_parameters(), *source.named_buffers()])
+    trainer, adapted = (Trainer(config, weights, device, mesh, dtype, lora_rank=rank) for rank in (0, args.lora_rank))
 
     print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
           f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
@@ -167,6 +170,8 @@ def main() -> None:
             "separate": ([[g] for g in groups], "separate"),
             "two sequences a comparison": ([one_comparison_each(g) for g in groups], "separate"),
         }
+        if args.lora_rank:
+            work[f"shared, LoRA of rank {args.lora_rank}"] = work["shared"]
         if answers == 2:
             del work["two sequences a comparison"]  # equal to separate
         seconds: dict[str, list[float]] = {layout: [] for layout in work}
@@ -174,7 +179,7 @@ def main() -> None:
         for turn in range(args.repeat + 1):
             for layout, arguments in work.items():
                 start = time.perf_counter()
-                counts[layout] = trainer.step(*arguments)
+                counts[layout] = (adapted if "LoRA" in layout else trainer).step(*arguments)
                 if turn:  # the first turn warms up
                     seconds[layout].append(time.perf_counter() - start)
         print(name)
