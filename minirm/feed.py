@@ -56,12 +56,16 @@ class Feed:
         plan = self.plan(self.lengths["eval"], self.pairs["eval"], shuffle=False)
         return [micro_step for step in plan for micro_step in step.micro_steps]
 
+    @cached_property
+    def eval_pairs(self) -> tuple[Tensor, ...]:
+        """For each held-out group, the indices of its pairs among all held-out pairs."""
+        return torch.arange(int(self.pairs["eval"].sum())).split(self.pairs["eval"].tolist())
+
     def eval(self) -> Iterator[tuple[Tensor, Batch]]:
         """Yield (indices of the batch's pairs among all held-out pairs [P], batch) of each of the `eval_micro_steps`."""
-        of_group = torch.arange(int(self.pairs["eval"].sum())).split(self.pairs["eval"].tolist())
         none = torch.empty(0, dtype=torch.int64)
         for micro_step, batch in ahead(lambda groups: self._read("eval", groups[self.rank]), self.eval_micro_steps):
-            yield torch.cat([none, *(of_group[g] for g in micro_step[self.rank])]), batch
+            yield torch.cat([none, *(self.eval_pairs[g] for g in micro_step[self.rank])]), batch
 
     def sample(self) -> list[Batch]:
         """The first batch of rank 0 in each of 64 steps, to show what padding costs."""
@@ -69,10 +73,6 @@ class Feed:
         return [self.collate([self.data.train[g] for g in step.micro_steps[0][0]]) for step in steps]
 
     def _read(self, part: str, groups: list[int]) -> Batch:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # the current device is a thread's own, and pinning needs it
         # A rank with no groups left still runs a forward pass, because every rank must enter every collective.
         batch = self.collate([getattr(self.data, part)[g] for g in groups] or [self.data.train[0] | {"chosen": []}])
-        if self.cache:
-            batch = self.cache.look_up(batch)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return (self.cache.look_up(batch) if self.cache else batch).pinned(self.device)

@@ -45,8 +45,11 @@ class Batch:
         """Copy to `device` without blocking."""
         return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values()))
 
-    def pinned(self) -> "Batch":
-        """Copy to page-locked memory, from which `to` a GPU does not block."""
+    def pinned(self, device: torch.device) -> "Batch":
+        """Copy to page-locked memory, from which `to` does not block, if `device` is a GPU; else return the batch."""
+        if device.type != "cuda":
+            return self
+        torch.cuda.set_device(device)  # the current device is a thread's own, and pinning needs it
         pinned = Batch(*(v.pin_memory() if isinstance(v, Tensor) else v for v in vars(self).values()))
         pinned.cached = [(name, None if states is None else states.pin_memory()) for name, states in self.cached]
         return pinned

@@ -92,7 +92,7 @@ class TrunkCache:
         self.real, device = batch.segments >= 0, batch.segments.device
         # What was missing may have been computed since.
         found = [(name, self._read(name) if states is None else states) for name, states in batch.cached]
-        missing = [name for name, states in found if states is None]
+        missing = any(states is None for _, states in found)
         self.kept = None if missing else torch.cat([states.to(device, non_blocking=True) for _, states in found])
         try:
             yield

@@ -94,10 +94,11 @@ def decoder_tensors(name: str, config, prefix: str) -> dict[str, Tensor]:
         trunk = AutoModel.from_config(config)
     stored, found = stored_tensors(name), {}
     theirs = trunk_prefix(stored, trunk)
-    for key, (path, *_) in stored.items():
-        if (ours := key.startswith(theirs)) or key == "score.weight":
-            with safe_open(path, "pt") as file:
-                found[prefix + key.removeprefix(theirs) if ours else key] = file.get_tensor(key)
+    for path in sorted({path for path, *_ in stored.values()}):  # parse each file's header once
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no dict
+                if (ours := key.startswith(theirs)) or key == "score.weight":
+                    found[prefix + key.removeprefix(theirs) if ours else key] = file.get_tensor(key)
     return found
 
 

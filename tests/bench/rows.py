@@ -106,12 +106,7 @@ class Trainer:
 
     def read(self, groups: list[dict], layout: str) -> Batch:
         batch = collate(groups, row_layout=layout, pad_id=0, row_limit=self.row_limit)
-        if self.cache:
-            batch = self.cache.look_up(batch)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            batch = batch.pinned()
-        return batch
+        return (self.cache.look_up(batch) if self.cache else batch).pinned(self.device)
 
     def step(self, micro_steps: list[list[dict]], layout: str, threaded: bool = True) -> tuple[int, int, int]:
         """One optimizer step -> (pairs, tokens computed, tokens with padding). threaded: read batches in a thread."""
