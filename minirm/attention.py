@@ -10,11 +10,17 @@ import types
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
+# Queries that need no mask are computed in a call of their own from this number on. Below it, on a CPU, the second call
+# costs what it saves (see `python tests/bench/rows.py`).
+LONG = 512
 
-def attention_mask(segments, positions, visible, config, dtype, device=None):
+
+def attention_mask(segments, positions, visible, config, dtype, device=None, long=LONG):
     """Make the `attention_mask=` of a transformers trunk, to be passed with `position_ids=positions`.
 
     segments [R, L] int: 0 = prefix, k >= 1 = k-th completion of the row, -1 = padding, at the end of the row only
@@ -22,6 +28,7 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
     visible [R, L] bool: may be attended to as a key; False for padding
     config: the trunk's, after `use_sdpa`; dtype: the one attention computes in, so float16 under float16 autocast
     device: where the mask goes. Keep the first three on the CPU: reading them from a GPU would synchronize
+    long: the least number of queries that are computed without the mask, see below
 
     Query q attends to key k iff k is visible, at or before q, and in the prefix or q's completion. A windowed layer
     also requires positions[q] - positions[k] < window, a chunked one that k is in q's chunk of positions. A query with
@@ -30,7 +37,8 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
     If every row is one completion, returns None, or `visible` as a 2-D mask if some of it is False: causal attention is
     equivalent and takes SDPA's fast path (positions must continue through the padding, since transformers takes a jump
     for packed sequences). Otherwise returns an additive mask [R, 1, L, L], 0 or the lowest number of `dtype`, a dict of
-    them by layer type, or for GPT-Neo [R, 2, L, L], the second one windowed.
+    them by layer type, or for GPT-Neo [R, 2, L, L], the second one windowed. Its attribute `causal` is the number of
+    first queries, in every row, for which it equals causal attention: the prefix and the first completion.
     """
     real = segments >= 0
     order = torch.where(real, segments, 2)  # 0 0 0 1 1 1 2 2 if a row is one completion
@@ -43,11 +51,19 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
         raise ValueError(
             f"cannot build a mask for shared rows with attn_implementation={config._attn_implementation!r}"
         )
+    masked = ((segments > 1) | (real & ~visible)).any(dim=0).int()
+    causal, longest = int(masked.argmax()) if masked.any() else len(masked), int(positions.max()) + 1
     segments, positions, visible = (x.to(device or x.device, non_blocking=True) for x in (segments, positions, visible))
     allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; updated in place: 64 MiB at L = 8192
     allowed |= (segments == 0)[:, None, :]
     allowed &= visible[:, None, :]
     allowed.tril_()
+
+    def additive(**span):
+        mask = _additive(allowed, positions, dtype, **span)
+        unlimited = all(tokens is None or longest <= tokens for tokens in span.values())
+        mask.causal = causal if unlimited and causal >= long else 0
+        return mask
 
     layer_types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if layer_types:  # gemma2, qwen2, olmo3, ...: every layer looks up its mask in a dict
@@ -55,10 +71,10 @@ def attention_mask(segments, positions, visible, config, dtype, device=None):
         near = {"full_attention": {}, "sliding_attention": {"window": window}, "chunked_attention": {"chunk": chunk}}
         if unknown := set(layer_types) - set(near):
             raise ValueError(f"cannot build a mask for shared rows in layers of type {', '.join(sorted(unknown))}")
-        return {kind: _additive(allowed, positions, dtype, **near[kind]) for kind in set(layer_types)}
+        return {kind: additive(**near[kind]) for kind in set(layer_types)}
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's own window counts by index in the row
-        return torch.cat([_additive(allowed, positions, dtype, w) for w in (None, config.window_size)], dim=1)
-    return _additive(allowed, positions, dtype, window)  # mistral, phi3, mixtral: one window for all layers
+        return torch.cat([additive(window=w) for w in (None, config.window_size)], dim=1)
+    return additive(window=window)  # mistral, phi3, mixtral: one window for all layers
 
 
 def _additive(allowed, positions, dtype, window=None, chunk=None):
@@ -82,10 +98,13 @@ def _additive(allowed, positions, dtype, window=None, chunk=None):
 def use_sdpa(trunk):
     """Replace eager-only attention (GPT-Neo, and GPT-J if it has its own `_attn`) by SDPA, in place.
 
+    In families that call transformers' SDPA, and in these two, long shared rows are then computed in two parts.
+
     This also changes the config, so that transformers makes no mask where SDPA needs none; do not build a second model
     from that object. Under float16 autocast SDPA is also safer: eager code casts queries and keys to float32 against
     overflow and autocast casts them back, while SDPA sums and scales in float32. No dropout, no key-value cache.
     """
+    AttentionInterface.register("sdpa", _sdpa)  # the same function for masks that are not ours
     for module in trunk.modules():
         if isinstance(module, (GPTJAttention, GPTNeoSelfAttention)) and hasattr(module, "_attn"):
             module._attn = types.MethodType(_sdpa_attn, module)
@@ -103,5 +122,25 @@ def _sdpa_attn(self, query, key, value, mask=None):
         mask = near if mask is None else mask.masked_fill(~near, never)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(value.dtype)
-    query, key, scale = query.to(value.dtype), key.to(value.dtype), 1 / getattr(self, "scale_attn", 1.0)  # GPT-Neo: 1
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale), None
+    scale = 1 / getattr(self, "scale_attn", 1.0)  # GPT-Neo: 1
+    attend = lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, is_causal=m is None, scale=scale)
+    return _in_two_parts(attend, query.to(value.dtype), key.to(value.dtype), value, mask, dim=2), None
+
+
+def _sdpa(module, query, key, value, attention_mask, **kwargs):
+    """Replace transformers' function: three [R, heads, L, head_dim] -> [R, L, heads, head_dim], and None."""
+    if not getattr(attention_mask, "causal", 0) or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = lambda *inputs: sdpa_attention_forward(module, *inputs, **kwargs | {"is_causal": True})[0]
+    return _in_two_parts(attend, query, key, value, attention_mask, dim=1), None
+
+
+def _in_two_parts(attend, query, key, value, mask, dim):
+    """Compute the first `mask.causal` queries without the mask: half the work and, on a GPU, a faster kernel.
+
+    A mask that a family has changed is another tensor, without the attribute, and is used for all queries.
+    """
+    if not (first := getattr(mask, "causal", 0)):
+        return attend(query, key, value, mask)
+    begin = attend(query[:, :, :first], key[:, :, :first], value[:, :, :first], None)
+    return torch.cat([begin, attend(query[:, :, first:], key, value, mask[:, :, first:])], dim=dim)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
-from minirm.attention import attention_mask, use_sdpa
+from minirm.attention import LONG, attention_mask, use_sdpa
 from minirm.errors import InputError, one_line
 from minirm.rows import collate
 
@@ -113,9 +113,9 @@ def small_batch(texts, row_layout):
     return collate(groups, row_layout=row_layout, pad_id=0, row_limit=99)
 
 
-def small_states(model, batch):
+def small_states(model, batch, long=LONG):
     """The last hidden states [R, L, H] of a batch."""
-    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.config, model.dtype)
+    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.config, model.dtype, long=long)
     inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
     return model(**inputs, use_cache=False).last_hidden_state
 
@@ -217,16 +217,17 @@ def _are_layers(key: str, value, layers: int) -> bool:
 
 
 def _largest_differences(model, layout: str, tries: int) -> list[float]:
-    return torch.tensor([_differences(model, layout) for _ in range(tries)]).amax(dim=0).tolist()
+    """Every second time with attention as in long rows."""
+    return torch.tensor([_differences(model, layout, (1, LONG)[i % 2]) for i in range(tries)]).amax(dim=0).tolist()
 
 
-def _differences(model, layout: str) -> list[float]:
+def _differences(model, layout: str, long: int) -> list[float]:
     """Largest difference between a padded batch and lone texts over the largest value: [hidden states, gradients]."""
     shake(model)
     ids = lambda length: torch.randint(1, PROBE_VOCABULARY, (length,)).tolist()
     texts = [(ids(prefix), [ids(tail) for tail in tails]) for prefix, tails in PROBE_ROWS[layout]]
     batch = small_batch(texts, layout)
-    batched = small_states(model, batch)[batch.segments > 0]
+    batched = small_states(model, batch, long)[batch.segments > 0]
     alone = [(len(prefix), torch.tensor([prefix + tail])) for prefix, tails in texts for tail in tails]
     lone = [model(input_ids=text, use_cache=False).last_hidden_state[0, behind:] for behind, text in alone]
     hidden = torch.cat(lone), batched

@@ -97,9 +97,9 @@ def batch(rows=ROWS):
     return ids, segments, positions, texts
 
 
-def shared_states(model, ids, segments, positions, visible=None):
+def shared_states(model, ids, segments, positions, visible=None, long=99):
     visible = segments >= 0 if visible is None else visible
-    mask = attention_mask(segments, positions, visible, model.config, torch.float32)
+    mask = attention_mask(segments, positions, visible, model.config, torch.float32, long=long)
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
 
 
@@ -123,8 +123,9 @@ def assert_close_gradients(got, want):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("eager", [False, True], ids=["sdpa where there is", "eager"])
-def test_shared_rows_equal_one_sequence_per_completion(family, eager):
+@pytest.mark.parametrize("how", ["sdpa where there is", "in two parts", "eager"])
+def test_shared_rows_equal_one_sequence_per_completion(family, how):
+    eager = how == "eager"
     if family == "gpt_neo" and eager:
         pytest.skip("needs use_sdpa: its own attention applies the window to places in the row")
     model = make(family, "eager" if eager else None)
@@ -133,14 +134,15 @@ def test_shared_rows_equal_one_sequence_per_completion(family, eager):
     want = gradients(model, torch.cat(separate))
     if not eager:
         use_sdpa(model)
-    states = shared_states(model, ids, segments, positions)
+    states = shared_states(model, ids, segments, positions, long=1 if how == "in two parts" else 99)
     for (r, place, _, _), one in zip(texts, separate):
         assert_close(states[r, place], one, f"row {r}, {place}")
     assert_close_gradients(gradients(model, torch.cat([states[r, place] for r, place, _, _ in texts])), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_invisible_tokens_have_states_but_are_not_attended_to(family):
+@pytest.mark.parametrize("long", [1, 99])
+def test_invisible_tokens_have_states_but_are_not_attended_to(family, long):
     """The last three tokens of some completions are invisible, like the scored pads of the published loss."""
     model = make(family)
     ids, segments, positions, texts = batch()
@@ -155,7 +157,7 @@ def test_invisible_tokens_have_states_but_are_not_attended_to(family):
         separate.append(model(input_ids=text[None], **kwargs).last_hidden_state[0, prefix:])
     want = gradients(model, torch.cat(separate))
     use_sdpa(model)
-    states = shared_states(model, ids, segments, positions, visible)
+    states = shared_states(model, ids, segments, positions, visible, long)
     shared = torch.cat([states[r, place] for r, place, _, _ in texts])
     assert_close(shared, torch.cat(separate))
     assert_close_gradients(gradients(model, shared), want)
@@ -172,6 +174,32 @@ def test_padding_changes_nothing_and_causes_no_nan(family):
     assert all(g.isfinite().all() for g in gradients(model, states).values())  # including those through padding queries
     other = shared_states(model, torch.where(real, ids, 5), segments, positions)
     assert torch.equal(states[real], other[real])
+
+
+# Families that call SDPA in every layer, at least where no window is shorter than the texts.
+IN_TWO_PARTS = "gpt2 gptj gpt_neox opt llama mistral mixtral qwen2 qwen3 gemma phi stablelm olmo2 olmo3".split()
+
+
+@pytest.mark.parametrize("family", IN_TWO_PARTS)
+def test_the_first_queries_of_a_long_row_are_computed_without_the_mask(family, monkeypatch):
+    model, calls = make(family), []
+    use_sdpa(model)
+    ids, segments, positions, _ = batch()
+    if family == "olmo3":  # two of its three layers have a window, which is not shorter than these texts
+        model.config.sliding_window = int(positions.max()) + 1
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query, key, value, attn_mask=None, *args, **kwargs):
+        calls.append((query.shape[2], key.shape[2], attn_mask is None))
+        return whole(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    shared_states(model, ids, segments, positions, long=8)
+    length = ids.shape[1]  # the shortest beginning without a second completion: a prefix of 5 and 3 tokens, or 0 and 8
+    assert calls == [(8, 8, True), (length - 8, length, False)] * model.config.num_hidden_layers
+    calls.clear()
+    shared_states(model, ids, segments, positions, long=9)
+    assert calls == [(length, length, False)] * model.config.num_hidden_layers
 
 
 def test_a_mask_by_hand():
@@ -205,6 +233,13 @@ def test_a_mask_by_hand():
         assert masks[kind].shape == (1, 1, 8, 8) and masks[kind].dtype == torch.float16
         assert torch.equal(masks[kind][0, 0] == 0, want)
         assert (masks[kind][0, 0][~want] == torch.finfo(torch.float16).min).all()
+    masks = attention_mask(segments, positions, visible, config, torch.float16, long=4)
+    assert [masks[f"{kind}_attention"].causal for kind in ("full", "sliding")] == [4, 0]
+    assert attention_mask(segments, positions, visible, config, torch.float16, long=5)["full_attention"].causal == 0
+    visible[0, 3] = False
+    config.sliding_window = 5  # as long as the longest text
+    masks = attention_mask(segments, positions, visible, config, torch.float16, long=1)
+    assert [masks[f"{kind}_attention"].causal for kind in ("full", "sliding")] == [3, 3]
 
 
 def test_rows_of_one_completion_need_no_mask():

@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train
-from minirm.attention import attention_mask, use_sdpa
+from minirm.attention import LONG, attention_mask, use_sdpa
 from minirm.errors import one_line
 from minirm.estimate import estimate
 from minirm.freeze import find_blocks
@@ -72,15 +72,16 @@ METHODS = {
     "published": "published scheme",
     "separate": "separate rows",
     "shared": "shared rows",
+    "one_part": "shared rows, attention in one part",
     "tokens": "shared rows, `--micro_batch_tokens 8192`",
     "cached": "shared rows, `--cache_trunk`, after the first epoch",
     "compiled": "shared rows, `--compile`",
     "lora": "shared rows, `--lora_rank 16`",
     "trl": "TRL's trainer as it comes",
 }
-GROUPS = {"rows": ["separate", "shared", "tokens", "cached"]}  # methods that share a process and a model
+GROUPS = {"rows": ["separate", "shared", "one_part", "tokens", "cached"]}  # methods that share a process and a model
 GROUPS |= {method: [method] for method in ("published", "lora", "compiled", "trl")}
-LIMITS = {"rows": 110, "published": 60, "lora": 45, "compiled": 120, "trl": 90}  # seconds
+LIMITS = {"rows": 130, "published": 60, "lora": 45, "compiled": 120, "trl": 90}  # seconds
 TITLES = {"gptj": "GPT-J-6B shape, fp16", "llama": "Llama-8B shape, bf16"}
 PARTS = {
     "correctness": 150,
@@ -133,10 +134,10 @@ def tiny_batch(row_layout: str) -> Batch:
     return small_batch(texts, row_layout)
 
 
-def rewards_of(model: RewardModel, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def rewards_of(model: RewardModel, batch: Batch, dtype: torch.dtype, long: int = LONG) -> torch.Tensor:
     """[K, T] rewards of all completions, on the CPU."""
     device = model.score.weight.device
-    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device)
+    mask = attention_mask(batch.segments, batch.position_ids, batch.visible, model.trunk.config, dtype, device, long)
     there = batch.to(device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         rewards = model(there.input_ids, mask, there.position_ids)
@@ -158,14 +159,16 @@ def same_as_cpu(device: torch.device) -> dict:
 
 
 def same_as_separate(device: torch.device) -> dict:
-    """Rewards of shared and of separate rows in half precision."""
+    """Rewards of shared and of separate rows in half precision, with attention as in short rows and as in long ones."""
     differences, ok = {}, True
     for dtype, tolerance in ROUNDED.items():
         for family in FAMILIES:
             model = tiny_model(family).to(device)
-            shared, separate = (rewards_of(model, tiny_batch(layout), dtype) for layout in ("shared", "separate"))
-            difference = differences[f"{family}, {str(dtype)[6:]}"] = relative(shared, separate)
-            ok &= difference <= tolerance
+            separate = rewards_of(model, tiny_batch("separate"), dtype)
+            for rows, long in (("short", LONG), ("long", 1)):
+                difference = relative(rewards_of(model, tiny_batch("shared"), dtype, long), separate)
+                differences[f"{family}, {str(dtype)[6:]}, {rows} rows"] = difference
+                ok &= difference <= tolerance
     return {"largest_difference": differences, "ok": ok}
 
 
@@ -386,7 +389,7 @@ class Speed:
             )  # inductor needs a compiler and much time
             self.trainer = Trainer(
                 self.config, None, self.device, self.mesh, self.dtype, lora_rank=RANK if method == "lora" else 0,
-                backend=backend, row_limit=8192,
+                backend=backend,
             )  # fmt: skip
         trainer = self.trainer
         if method == "cached" and trainer.cache is None:
@@ -402,7 +405,8 @@ class Speed:
         def run():
             begin, counts = time.perf_counter(), [0, 0, 0]
             for micro_steps in steps:
-                done = trainer.step(micro_steps, "separate" if method == "separate" else "shared")
+                layout = "separate" if method == "separate" else "shared"
+                done = trainer.step(micro_steps, layout, long=math.inf if method == "one_part" else LONG)
                 counts = [a + b for a, b in zip(counts, done)]
             return *counts, time.perf_counter() - begin
 

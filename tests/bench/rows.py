@@ -1,15 +1,17 @@
 """Compare the speed of shared and separate rows: pairs per second of whole optimizer steps.
 
     OMP_NUM_THREADS=2 python tests/bench/rows.py [--model llama|gptj] [--width 512] [--layers 12] [--precision fp32]
-        [--lora_rank 0] [--repeat 5]
+        [--lora_rank 0] [--shape PROMPT ANSWER ANSWERS] [--repeat 5]
 
 Shapes: (a) summaries, one comparison per prompt; (b) ranking, 4 answers and all 6 comparisons; (c) transcripts. Layouts:
 shared (each prompt once), separate (each answer once with its prompt), and two full sequences per comparison, as in other
-trainers. Shared rows are also timed without the thread that reads batches ahead, and with adapters. The layouts take turns,
-so a busy machine slows all of them. Medians are shown.
+trainers. Shared rows are also timed without the thread that reads batches ahead, with attention in one part (see
+`attention_mask`; it differs for long rows, for example --shape 2900 400 2), and with adapters. The layouts take turns, so a
+busy machine slows all of them. Medians are shown.
 """
 
 import argparse
+import math
 import statistics
 import time
 from contextlib import nullcontext
@@ -19,7 +21,7 @@ from itertools import combinations
 import torch
 import transformers
 
-from minirm.attention import attention_mask, use_sdpa
+from minirm.attention import LONG, attention_mask, use_sdpa
 from minirm.freeze import find_blocks, freeze_bottom_layers
 from minirm.lora import add_lora, init_lora
 from minirm.loss import divergence_loss
@@ -40,7 +42,7 @@ def make_config(kind: str, width: int, layers: int) -> transformers.PreTrainedCo
     heads = max(1, width // 64)
     if kind == "gptj":
         return transformers.GPTJConfig(
-            vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 256), rotary_dim=64, n_positions=2048
+            vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 256), rotary_dim=64, n_positions=8192
         )  # fmt: skip
     return transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
@@ -85,7 +87,7 @@ class Trainer:
 
     def __init__(
         self, config, weights: dict[str, torch.Tensor] | None, device, mesh, dtype: torch.dtype, *, freeze_ratio=0.7,
-        lora_rank=0, backend="", row_limit=1100,
+        lora_rank=0, backend="", row_limit=8192,
     ):  # fmt: skip
         """weights: None makes random ones on the device. backend: of torch.compile; "" does not compile."""
         self.model, self.device, self.dtype, self.row_limit = empty_model(config), device, dtype, row_limit
@@ -108,16 +110,18 @@ class Trainer:
         batch = collate(groups, row_layout=layout, pad_id=0, row_limit=self.row_limit)
         return (self.cache.look_up(batch) if self.cache else batch).pinned(self.device)
 
-    def step(self, micro_steps: list[list[dict]], layout: str, threaded: bool = True) -> tuple[int, int, int]:
-        """One optimizer step -> (pairs, tokens computed, tokens with padding). threaded: read batches in a thread."""
+    def step(self, micro_steps: list[list[dict]], layout: str, threaded=True, long=LONG) -> tuple[int, int, int]:
+        """One optimizer step -> (pairs, tokens computed, tokens with padding).
+
+        threaded: read batches in a thread; long: see `attention_mask`.
+        """
         pairs = tokens = places = 0
         read = partial(self.read, layout=layout)
         batches = ahead(read, micro_steps) if threaded else ((groups, read(groups)) for groups in micro_steps)
         for m, (_, batch) in enumerate(batches):
             begin_micro_step(self.model, last=m == len(micro_steps) - 1)
-            mask = attention_mask(
-                batch.segments, batch.position_ids, batch.visible, self.model.trunk.config, self.dtype, self.device
-            )
+            about = batch.segments, batch.position_ids, batch.visible, self.model.trunk.config
+            mask = attention_mask(*about, self.dtype, self.device, long)
             batch = batch.to(self.device)
             skip = self.cache.over(batch) if self.cache else nullcontext()
             with skip, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -143,6 +147,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--lora_rank", type=int, default=0, help="also time shared rows with adapters of this rank")
+    shape_help = "time this shape instead: tokens of a prompt, tokens of an answer, answers per prompt"
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("PROMPT", "ANSWER", "ANSWERS"), help=shape_help)
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
 
@@ -157,11 +163,13 @@ def main() -> None:
     print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
           f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
     print(f"{'':<40} {'pairs/s':>9} {'ratio':>7} {'tokens a pair':>14}")
-    for name, (prompt, answer, answers) in SHAPES.items():
+    shapes = {"prompt of {} tokens, answers of {}, {} of them".format(*args.shape): args.shape} if args.shape else SHAPES
+    for name, (prompt, answer, answers) in shapes.items():
         groups = make_groups(4, prompt, answer, answers, torch.Generator().manual_seed(1))
         work = {
             "shared": ([[g] for g in groups], "shared"),
             "shared, batches not read in a thread": ([[g] for g in groups], "shared", False),
+            "shared, attention in one part": ([[g] for g in groups], "shared", True, math.inf),
             "separate": ([[g] for g in groups], "separate"),
             "two sequences a comparison": ([one_comparison_each(g) for g in groups], "separate"),
         }
