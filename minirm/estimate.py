@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
-from minirm.attention import attention_mask, use_sdpa
+from minirm.attention import LONG, attention_mask, use_sdpa
 from minirm.data.demo import use_demo
 from minirm.errors import InputError, printable, refusing
 from minirm.freeze import find_blocks, freeze_bottom_layers
@@ -82,9 +82,10 @@ class Meter(TorchDispatchMode):
 def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, kept: float) -> tuple[Meter, int]:
     """(Meter of forward and backward, FLOP of the forward pass). kept: bytes kept per element of a trained gradient."""
     fake, mask = model.score.weight.fake_mode, None
-    if layout == "shared":  # a short mask shows the structure
-        short = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]]), torch.ones(1, 3) > 0
-        mask = attention_mask(*short, model.trunk.config, dtype)
+    if layout == "shared":  # a short mask shows the structure; each half of a row is a text
+        text = length // 2
+        short = torch.tensor([[0, 1, 2]]), torch.tensor([[0, text - 1, text - 1]]), torch.ones(1, 3) > 0
+        mask = attention_mask(*short, model.trunk.config, dtype, long=1 if text >= LONG else 4)
     meter = Meter([*model.parameters(), *model.buffers()])
 
     def forget(parameter: Tensor) -> None:
@@ -96,7 +97,12 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
             parameter.register_post_accumulate_grad_hook(forget)
     with fake, torch.autocast("cpu", dtype, enabled=dtype != torch.float32), meter:
         ids, wide = torch.zeros(rows, length, dtype=torch.int64), -(-length // 8) * 8
-        full = lambda m: torch.empty(rows, m.shape[1], length, wide, dtype=dtype)[..., :length]
+
+        def full(m: Tensor) -> Tensor:
+            whole = torch.empty(rows, m.shape[1], length, wide, dtype=dtype)[..., :length]
+            whole.causal = text if getattr(m, "causal", 0) else 0
+            return whole
+
         rewards = model(ids, tree_map_only(Tensor, full, mask), None if mask is None else ids)
         forward = meter.flops
         rewards.sum().backward()

@@ -37,7 +37,7 @@ from minirm.data.schemas import column, renames
 from minirm.data.sources import fingerprint
 from minirm.data.tokens import tokenise
 from minirm.errors import InputError, Parser, Stop, printable, refusing
-from minirm.files import as_json, writing
+from minirm.files import as_json, put, writing
 from minirm.model import classifier
 from minirm.probe import choose_layout
 from minirm.report.benchmarks import best_of_n, reward_bench, reward_bench_2, rm_bench
@@ -283,17 +283,17 @@ def run(args: argparse.Namespace) -> dict:
             best = torch.segment_reduce(rewards, "max", lengths=sizes)[ranked].mean().item()
             result["best_of_n"] = {"prompts": n, "completions": int(sizes[ranked].sum()), "reward_mean": best}
         if args.output:
-            unfinished = args.output.with_name(args.output.name + ".partial")
-            with writing(args.output), open(unfinished, "w") as file:
-                columns = texts.rows.select_columns(["where", "chosen", "rejected"])
-                for row, own, in_order in zip(columns, rewards.split(sizes.tolist()), ranked):
-                    r = own.tolist()
-                    if in_order or not row["chosen"]:
-                        found: dict = {"scores": r, "ranking": sorted(range(len(r)), key=lambda k: (-r[k], k))}
-                    else:
-                        found = {side: r[row[side][0]] for side in ("chosen", "rejected")}
-                    file.write(as_json({"where": row["where"], **found}) + "\n")
-            os.replace(unfinished, args.output)
+            lines = []
+            columns = texts.rows.select_columns(["where", "chosen", "rejected"])
+            for row, own, in_order in zip(columns, rewards.split(sizes.tolist()), ranked):
+                r = own.tolist()
+                if in_order or not row["chosen"]:
+                    found: dict = {"scores": r, "ranking": sorted(range(len(r)), key=lambda k: (-r[k], k))}
+                else:
+                    found = {side: r[row[side][0]] for side in ("chosen", "rejected")}
+                lines.append(as_json({"where": row["where"], **found}) + "\n")
+            with writing(args.output):
+                put(args.output, "".join(lines).encode())
     return result
 
 

@@ -8,9 +8,11 @@ of one row of 2 x 550 = 1100 tokens.
     trained      8 layers, the last norm 2 x 4096, the head 4096                                       1,610,854,400
     frozen       20 layers, embeddings 50400 x 4096                                                    4,233,543,680
     matrices of a layer                                                                                  201,326,592
-    forward      a micro-step: 2 x 1100 x (28 matrices + head), attention 4 x 1100^2 x 4096 x 28 layers: 12.9568e12 FLOP
+    places       of queries and keys that attention multiplies: 550 x 550 in the first answer, 550 x 1100 in the second,
+                 together 907,500
+    forward      a micro-step: 2 x 1100 x (28 matrices + head), attention 4 x 907,500 x 4096 x 28 layers: 12.8180e12 FLOP
     backward     8 layers, twice the FLOP of their matrices and the head; 2.5 times that of attention, which
-                 recomputes its products: 8 x 2 x 2 x 1100 x 201,326,592 + 2 x 2 x 1100 x 4096 + 8 x 10 x 1100^2 x 4096 = 7.4832e12 FLOP
+                 recomputes its products: 8 x 2 x 2 x 1100 x 201,326,592 + 2 x 2 x 1100 x 4096 + 8 x 10 x 907,500 x 4096 = 7.3841e12 FLOP
     sent by each of S devices that share a copy: (S - 1)/S of 2 and of 4 bytes per trained parameter and step;
                  between R copies 2 (R - 1)/R of its fp32 gradients, 4 bytes x trained / S
 """
@@ -32,7 +34,7 @@ memory = importlib.import_module("memory")
 
 SENT, ACTIVATIONS = "sent per device and step", "activations, gradients of a single micro-step"
 TRAINED, FROZEN = 1_610_854_400, 4_233_543_680
-FORWARD, BACKWARD = 4 * 12_956_816_998_400, 4 * 7_483_206_860_800
+FORWARD, BACKWARD = 4 * 12_818_044_518_400, 4 * 7_384_083_660_800
 
 
 def gptj_6b(layers=28):
@@ -87,7 +89,7 @@ def test_flags_change_the_expected_entries():
     saving = planned(seven(), "--gradient_checkpointing")
     assert saving[ACTIVATIONS] < 0.7 * usual[ACTIVATIONS]  # one of two layers remains
     # The trained layers run forward again, except for the last matrix product of each layer.
-    again = 4 * 2 * (2 * 1100 * (201_326_592 - 4096 * 16384) + 4 * 1100**2 * 4096)
+    again = 4 * 2 * (2 * 1100 * (201_326_592 - 4096 * 16384) + 4 * 907_500 * 4096)
     assert saving["backward FLOP"] - usual["backward FLOP"] == again
     single = planned(seven(), dtype=torch.float32)
     assert single["frozen parameters"] == pytest.approx(2 * usual["frozen parameters"], rel=1e-2)
