@@ -2,8 +2,9 @@
 
     [prefix | completion 1 | ... | completion K | padding]
 
-This module has the mask that separates the completions of a row, and SDPA for two families that transformers runs with
-eager attention only. probe.py tests whether an architecture is exact with such rows.
+This module has the mask that separates the completions of a row, SDPA that leaves out the mask where a long row does not
+need it, and SDPA for two families that transformers runs with eager attention only. probe.py tests whether an architecture
+is exact with such rows.
 """
 
 import types

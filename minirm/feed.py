@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -68,9 +69,11 @@ class Feed:
             yield torch.cat([none, *(self.eval_pairs[g] for g in micro_step[self.rank])]), batch
 
     def sample(self) -> list[Batch]:
-        """The first batch of rank 0 in each of 64 steps, to show what padding costs."""
-        steps = self.plan(self.lengths["train"], self.pairs["train"])[:64]
-        return [self.collate([self.data.train[g] for g in step.micro_steps[0][0]]) for step in steps]
+        """The first 64 batches of rank 0 in an epoch, to show what padding costs."""
+        accumulation = self.args.gradient_accumulation_steps
+        plan = self.plan(self.lengths["train"], self.pairs["train"], accumulation=accumulation)
+        own = islice((groups[0] for step in plan for groups in step.micro_steps if groups[0]), 64)
+        return [self.collate([self.data.train[g] for g in groups]) for groups in own]
 
     def _read(self, part: str, groups: list[int]) -> Batch:
         # A rank with no groups left still runs a forward pass, because every rank must enter every collective.
