@@ -72,6 +72,44 @@ def test_frozen_units_are_gathered_once_and_trained_ones_once_a_step(server, mod
     assert shown == [6, 6, 6, 8, 8, 10]
 
 
+LONG_ROWS = """
+import torch.nn.functional as F
+train.attention_mask.__defaults__ = (None, 1)  # every row is long
+attend, unmasked = F.scaled_dot_product_attention, []
+def counted(query, key, value, mask=None, *args, **options):
+    mask = options.pop("attn_mask", mask)
+    unmasked.append(mask is None)
+    return attend(query, key, value, mask, *args, **options)
+F.scaled_dot_product_attention = counted
+load, original = train.load_model, train.train
+def loaded(*arguments):
+    unmasked.clear()  # before, a small model was tried
+    return load(*arguments)
+def shown(*arguments):
+    original(*arguments)
+    print("\\nparts:", sum(unmasked), "of", len(unmasked), flush=True)
+train.load_model, train.train = loaded, shown
+"""
+
+
+@pytest.mark.parametrize("family, precision", [("llama", "bf16"), ("gptj", "fp32")])
+def test_attention_in_long_rows_is_computed_in_two_parts_with_equal_results(family, precision, server, model_folder, tmp_path):
+    """The parts are told by an attribute of the mask, which FSDP, autocast and checkpointing must not lose."""
+    data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
+    rows = []
+    for name, patch in (("whole", ""), ("parts", LONG_ROWS)):
+        flags = ["--model", model_folder(family), "--train_data", data, "--eval_data", data, "--precision", precision]
+        flags += ["--max_steps", 3, "--learning_rate", 1e-3, "--warmup_steps", 0, "--logging_steps", 1]
+        flags += ["--per_device_train_batch_size", 2, "--gradient_checkpointing", "--output_dir", tmp_path / name]
+        run = server.run(*flags, world=2, patch=patch)
+        assert run.wait() == [0, 0], run.text()[-3000:]
+        rows.append([row.get("loss", row.get("eval_loss")) for row in read_metrics(tmp_path / name)])
+    parts = [line.split()[1::2] for line in run.text().splitlines() if line.startswith("parts:")]
+    assert len(parts) == 2 and all(0 < 2 * int(first) == int(calls) for first, calls in parts)
+    assert rows[1] == pytest.approx(rows[0], abs=1e-5 if precision == "fp32" else 5e-3)
+    assert rows[0][0] - rows[0][-1] > 0.01
+
+
 def test_processes_with_different_memory_gather_the_same_units_together(server, model_folder, tmp_path):
     """The second of two processes has no room to keep units, so the first keeps none either. Otherwise both would hang."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(8))
