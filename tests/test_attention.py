@@ -177,7 +177,10 @@ def test_padding_changes_nothing_and_causes_no_nan(family):
 
 
 # Families that call SDPA in every layer, at least where no window is shorter than the texts.
-IN_TWO_PARTS = "gpt2 gptj gpt_neox opt llama mistral mixtral qwen2 qwen3 gemma phi stablelm olmo2 olmo3".split()
+IN_TWO_PARTS = [
+    "gpt2", "gptj", "gpt_neox", "opt", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "phi", "stablelm", "olmo2",
+    "olmo3",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", IN_TWO_PARTS)

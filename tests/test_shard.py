@@ -93,7 +93,7 @@ train.load_model, train.train = loaded, shown
 
 
 @pytest.mark.parametrize("family, precision", [("llama", "bf16"), ("gptj", "fp32")])
-def test_attention_in_long_rows_is_computed_in_two_parts_with_equal_results(family, precision, server, model_folder, tmp_path):
+def test_attention_in_two_parts_gives_equal_results(family, precision, server, model_folder, tmp_path):
     """The parts are told by an attribute of the mask, which FSDP, autocast and checkpointing must not lose."""
     data = write_jsonl(tmp_path / "train.jsonl", make_comparisons(16))
     rows = []

@@ -163,7 +163,8 @@ def main() -> None:
     print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
           f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
     print(f"{'':<40} {'pairs/s':>9} {'ratio':>7} {'tokens a pair':>14}")
-    shapes = {"prompt of {} tokens, answers of {}, {} of them".format(*args.shape): args.shape} if args.shape else SHAPES
+    name = "prompt of {} tokens, answers of {}, {} of them"
+    shapes = {name.format(*args.shape): args.shape} if args.shape else SHAPES
     for name, (prompt, answer, answers) in shapes.items():
         groups = make_groups(4, prompt, answer, answers, torch.Generator().manual_seed(1))
         work = {
