@@ -99,7 +99,7 @@ def _additive(allowed, positions, dtype, window=None, chunk=None):
 def use_sdpa(trunk):
     """Replace eager-only attention (GPT-Neo, and GPT-J if it has its own `_attn`) by SDPA, in place.
 
-    In families that call transformers' SDPA, and in these two, long shared rows are then computed in two parts.
+    In families that call transformers' SDPA, and in GPT-J, long shared rows are then computed in two parts.
 
     This also changes the config, so that transformers makes no mask where SDPA needs none; do not build a second model
     from that object. Under float16 autocast SDPA is also safer: eager code casts queries and keys to float32 against
