@@ -52,8 +52,8 @@ def attention_mask(segments, positions, visible, config, dtype, device=None, lon
         raise ValueError(
             f"cannot build a mask for shared rows with attn_implementation={config._attn_implementation!r}"
         )
-    masked = ((segments > 1) | (real & ~visible)).any(dim=0).int()
-    causal, longest = int(masked.argmax()) if masked.any() else len(masked), int(positions.max()) + 1
+    masked = ((segments > 1) | (real & ~visible)).any(dim=0)
+    causal, longest = int(masked.int().argmax()), int(positions.max()) + 1
     segments, positions, visible = (x.to(device or x.device, non_blocking=True) for x in (segments, positions, visible))
     allowed = segments[:, :, None] == segments[:, None, :]  # [R, L, L]; updated in place: 64 MiB at L = 8192
     allowed |= (segments == 0)[:, None, :]
