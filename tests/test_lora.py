@@ -191,10 +191,13 @@ def test_adapters_need_no_additional_collectives(server, model_folder, tmp_path)
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_the_best_adapters_are_exported(server, model_folder, tmp_path, precision):
-    """The learning rate is far too high, so the best evaluation is not the last. The exported model has its mean reward."""
-    data = write_jsonl(tmp_path / "x.jsonl", make_comparisons(8))
-    given = flags(model=model_folder("llama"), train_data=data, eval_data=data, output_dir=tmp_path / "out")
-    given += [*QUICK, *flags(learning_rate=0.05, lora_rank=4, max_steps=8, eval_steps=1, freeze_ratio=0.5)]
+    """Held-out answers are preferred the other way round, so the best evaluation is not the last. The exported model has
+    its mean reward."""
+    rows = make_comparisons(8)
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    train_data, data = (write_jsonl(tmp_path / f"{n}.jsonl", of) for n, of in (("train", rows), ("eval", swapped)))
+    given = flags(model=model_folder("llama"), train_data=train_data, eval_data=data, output_dir=tmp_path / "out")
+    given += [*QUICK, *flags(learning_rate=0.01, lora_rank=4, max_steps=8, eval_steps=1, freeze_ratio=0.5)]
     run = server.run(*given, "--precision", precision)
     assert run.codes == [0], run.text()[-3000:]
     rows = [row for row in read_metrics(tmp_path / "out") if "eval_loss" in row][1:]

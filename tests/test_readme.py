@@ -24,7 +24,7 @@ def recipe():
 def test_every_flag_in_readme_exists(recipe):
     # Flags of torchrun, srun, minirm.score and tests/bench.
     others = "nproc_per_node max_restarts ntasks data output kills write seeds threads pairs processes rounds dry_run"
-    others += " epochs points methods width layers"
+    others += " epochs methods width layers shape"
     flags = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
     assert flags - set(recipe) - {*others.split()} == set()
     assert {"train_data", "eval_data", "output_dir", "loss"} <= flags

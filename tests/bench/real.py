@@ -8,10 +8,10 @@
     trl_frozen   the same with the layers frozen that minirm freezes
 
 The methods take turns, seed by seed, each in its own process and all in the same precision. Models are saved during
-training and measured afterwards by `minirm.score` on the same pairs: end rewards, nothing left out. Only training time is
-counted, not loading, evaluating or saving. In training, TRL drops comparisons beyond --max_length, while minirm cuts their
-prompts and drops answers under five words. Both get a model whose pad token is not EOS, because TRL would otherwise read
-the reward before the EOS.
+training and measured afterwards by `minirm.score` in that precision on the same pairs: end rewards, nothing left out.
+Only training time is counted, not loading, evaluating or saving. In training, TRL drops comparisons beyond --max_length,
+while minirm cuts their prompts and drops answers under five words. Both get a model whose pad token is not EOS, because
+TRL would otherwise read the reward before the EOS.
 
 Other flags go to train.py after the recommended ones, for example --learning_rate 3e-5. Finished runs are stored in
 --folder and reused by the same command. Without --model it uses ../shared/real, if that exists.
@@ -51,9 +51,11 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"minirm": "minirm", "trl": "TRL as it comes", "trl_frozen": "TRL, same layers frozen"}
 # README's flags for a model of some hundred million parameters.
 RECOMMENDED = {
-    "loss": "last", "freeze_ratio": 0.7, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
+    "loss": "last", "freeze_ratio": 0.5, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
 }  # fmt: skip
+# Flags of this program that change the result of every method.
+ALIKE = {"model", "train_data", "eval_data", "epochs", "points", "max_length", "precision"}
 FEW = 8  # held-out pairs for train.py's own evaluations; all pairs are measured here
 MARKS = "<!-- real -->", "<!-- /real -->"
 
@@ -219,7 +221,7 @@ def margins(args, model: Path) -> list[float]:
     """Chosen minus rejected end reward of each held-out pair, from minirm.score."""
     output = model / "scores.jsonl"
     flags = {"model": model, "data": args.eval_data, "output": output, "separator": r"\n", "max_length": args.max_length,
-             "precision": "fp32"}  # fmt: skip
+             "precision": args.precision}  # fmt: skip
     score.run(score.parse_args(in_words(flags)))
     return [row["chosen"] - row["rejected"] for row in map(json.loads, output.read_text().splitlines())]
 
@@ -227,8 +229,10 @@ def margins(args, model: Path) -> list[float]:
 def run(args, model: Path, method: str, seed: int) -> list[dict]:
     """The results of a run, a row per point; read from --folder if it is finished."""
     folder = args.folder / f"{method}-{seed}"
-    done, own = folder / "result.json", {"seeds", "methods", "json", "write"}
-    asked = {name: str(value) for name, value in vars(args).items() if name not in own} | {"recommended": RECOMMENDED}
+    done = folder / "result.json"
+    asked = {name: str(value) for name, value in vars(args).items() if name in ALIKE}
+    if method != "trl":  # TRL as it comes is not repeated when the recommended flags change
+        asked |= {"flags": args.flags, "recommended": RECOMMENDED}
     if done.exists() and (known := json.loads(done.read_text()))["asked"] == asked:
         return known["points"]
     shutil.rmtree(folder, ignore_errors=True)
