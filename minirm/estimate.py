@@ -85,7 +85,7 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
     if layout == "shared":  # a short mask shows the structure; each half of a row is a text
         text = length // 2
         short = torch.tensor([[0, 1, 2]]), torch.tensor([[0, text - 1, text - 1]]), torch.ones(1, 3) > 0
-        mask = attention_mask(*short, model.trunk.config, dtype, long=1 if text >= LONG else 4)
+        mask = attention_mask(*short, model.trunk.config, dtype, long=1)
     meter = Meter([*model.parameters(), *model.buffers()])
 
     def forget(parameter: Tensor) -> None:
@@ -100,7 +100,7 @@ def micro_step(model: RewardModel, rows: int, length: int, dtype, layout: str, k
 
         def full(m: Tensor) -> Tensor:
             whole = torch.empty(rows, m.shape[1], length, wide, dtype=dtype)[..., :length]
-            whole.causal = text if getattr(m, "causal", 0) else 0
+            whole.causal = text if getattr(m, "causal", 0) and text >= LONG else 0
             return whole
 
         rewards = model(ids, tree_map_only(Tensor, full, mask), None if mask is None else ids)

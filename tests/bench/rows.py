@@ -34,7 +34,7 @@ SHAPES = {  # (prompt tokens, answer tokens, answers per prompt); lengths vary b
     "(b) ranking, 4 answers, 6 comparisons": (340, 38, 4),
     "(c) transcripts, 1 comparison a prompt": (200, 150, 2),
 }
-VOCABULARY = 8000
+VOCABULARY, POSITIONS = 8000, 8192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +42,7 @@ def make_config(kind: str, width: int, layers: int) -> transformers.PreTrainedCo
     heads = max(1, width // 64)
     if kind == "gptj":
         return transformers.GPTJConfig(
-            vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 256), rotary_dim=64, n_positions=8192
+            vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=max(1, width // 256), rotary_dim=64, n_positions=POSITIONS
         )  # fmt: skip
     return transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
@@ -87,10 +87,10 @@ class Trainer:
 
     def __init__(
         self, config, weights: dict[str, torch.Tensor] | None, device, mesh, dtype: torch.dtype, *, freeze_ratio=0.7,
-        lora_rank=0, backend="", row_limit=8192,
+        lora_rank=0, backend="",
     ):  # fmt: skip
         """weights: None makes random ones on the device. backend: of torch.compile; "" does not compile."""
-        self.model, self.device, self.dtype, self.row_limit = empty_model(config), device, dtype, row_limit
+        self.model, self.device, self.dtype = empty_model(config), device, dtype
         use_sdpa(self.model.trunk)
         self.frozen = freeze_bottom_layers(self.model, freeze_ratio)
         add_lora(self.model, lora_rank, 2.0 * lora_rank, self.frozen)
@@ -107,7 +107,7 @@ class Trainer:
         self.cache = None  # a TrunkCache
 
     def read(self, groups: list[dict], layout: str) -> Batch:
-        batch = collate(groups, row_layout=layout, pad_id=0, row_limit=self.row_limit)
+        batch = collate(groups, row_layout=layout, pad_id=0, row_limit=POSITIONS)
         return (self.cache.look_up(batch) if self.cache else batch).pinned(self.device)
 
     def step(self, micro_steps: list[list[dict]], layout: str, threaded=True, long=LONG) -> tuple[int, int, int]:
@@ -163,8 +163,8 @@ def main() -> None:
     print(f"{args.model}, {args.layers} layers of width {args.width}, 70 % frozen, {args.precision}, {device.type}, "
           f"{torch.get_num_threads()} threads, 4 prompts a step")  # fmt: skip
     print(f"{'':<40} {'pairs/s':>9} {'ratio':>7} {'tokens a pair':>14}")
-    name = "prompt of {} tokens, answers of {}, {} of them"
-    shapes = {name.format(*args.shape): args.shape} if args.shape else SHAPES
+    title = "prompt of {} tokens, answers of {}, {} of them"
+    shapes = {title.format(*args.shape): args.shape} if args.shape else SHAPES
     for name, (prompt, answer, answers) in shapes.items():
         groups = make_groups(4, prompt, answer, answers, torch.Generator().manual_seed(1))
         work = {
