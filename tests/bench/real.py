@@ -4,7 +4,8 @@
     python tests/bench/real.py [--model DIR --train_data F --eval_data F] [--epochs 1] [--seeds 3] [--json] [--write]
 
     minirm       train.py with the flags that README recommends for a model of this size (RECOMMENDED, below)
-    trl          TRL with its defaults: its batch size, learning rate and schedule, all layers trained
+    trl          TRL with its defaults: its batch size, learning rate and schedule, all layers trained; only activation
+                 checkpointing is off, which gives the same values sooner
     trl_frozen   the same with the layers frozen that minirm freezes
 
 The methods take turns, seed by seed, each in its own process and all in the same precision. Models are saved during
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -48,7 +50,7 @@ from minirm.plot import COLORS, STYLE
 from minirm.plot import read_rows as read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = {"minirm": "minirm", "trl": "TRL as it comes", "trl_frozen": "TRL, same layers frozen"}
+METHODS = {"minirm": "minirm", "trl": "TRL", "trl_frozen": "TRL, same layers frozen"}
 # README's flags for a model of some hundred million parameters.
 RECOMMENDED = {
     "loss": "last", "freeze_ratio": 0.5, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
@@ -192,6 +194,7 @@ def train_trl(args, model: Path, seed: int, folder: Path, frozen: bool) -> None:
             output_dir=str(folder / "trl"), num_train_epochs=args.epochs, max_length=args.max_length, seed=seed,
             bf16=args.precision == "bf16", fp16=args.precision == "fp16", use_cpu=not torch.cuda.is_available(),
             report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
+            gradient_checkpointing=False,
         ),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -231,7 +234,7 @@ def run(args, model: Path, method: str, seed: int) -> list[dict]:
     folder = args.folder / f"{method}-{seed}"
     done = folder / "result.json"
     asked = {name: str(value) for name, value in vars(args).items() if name in ALIKE}
-    if method != "trl":  # TRL as it comes is not repeated when the recommended flags change
+    if method != "trl":  # TRL that trains all layers is not repeated when the recommended flags change
         asked |= {"flags": args.flags, "recommended": RECOMMENDED}
     if done.exists() and (known := json.loads(done.read_text()))["asked"] == asked:
         return known["points"]
@@ -297,7 +300,7 @@ def table(rows: dict[str, list[dict]]) -> str:
             lines.append(f"| {' | '.join([*cells, cell(row['loss'])])} |")
     for other in [m for m in rows if m != "minirm" and "minirm" in rows]:
         lines += ["", f"minirm minus {METHODS[other]}, at the same seconds:"]
-        for point in rows[other][1:]:
+        for point in filter(itemgetter("seconds"), rows[other]):
             mine = [row for row in rows["minirm"] if row["seconds"] <= point["seconds"]][-1]
             pairs = zip(measured(mine["margins"]), measured(point["margins"]))
             accuracy, loss = (interval(a - b) for a, b in pairs)
@@ -325,11 +328,14 @@ def picture(rows: dict[str, list[dict]], title: str) -> Figure:
     return figure
 
 
-def write(text: str, figure: Figure) -> None:
-    """Write the text between its two marks in README.md, and the plot beside this file."""
+def write(text: str, figure: Figure, results: dict[str, list[list[dict]]]) -> None:
+    """Write the text between its two marks in README.md; the plot and the points of all runs beside this file."""
     shown = "![held-out accuracy and loss by time and by comparisons](tests/bench/real.png)"
     write_between(MARKS, f"{shown}\n\n{text}", ROOT / "README.md")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
+    short = lambda point: point | {"margins": [round(margin, 3) for margin in point["margins"]]}
+    points = {method: [list(map(short, of)) for of in of_seeds] for method, of_seeds in results.items()}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(points) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +377,7 @@ def parse_args() -> argparse.Namespace:
     add("--precision", default="bf16" if torch.cuda.is_available() else "fp32", choices=["fp32", "bf16", "fp16"])
     add("--folder", type=Path, default=ROOT / "runs" / "real", help="folder of the runs and of real.png")
     add("--json", action="store_true", help="print all points as a JSON object at the end")
-    add("--write", action="store_true", help="write the table into README.md and the plot beside this file")
+    add("--write", action="store_true", help="write the table into README.md, the plot and all points beside this file")
     args, args.flags = parser.parse_known_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     given = [args.model, args.train_data, args.eval_data]
@@ -406,7 +412,7 @@ def main() -> None:
     figure = picture(rows, title)
     figure.savefig(args.folder / "real.png", dpi=110)
     if args.write:
-        write(text, figure)
+        write(text, figure, results)
     if args.json:
         keys = ("seed", "seconds", "comparisons", "accuracy", "loss")
         points = {method: [point for of_seed in of for point in of_seed] for method, of in results.items()}
