@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"minirm": "minirm", "trl": "TRL", "trl_frozen": "TRL, same layers frozen"}
 # README's flags for a model of some hundred million parameters.
 RECOMMENDED = {
-    "loss": "last", "freeze_ratio": 0.5, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
+    "loss": "last", "freeze_ratio": 0.3, "learning_rate": 1e-4, "lr_scheduler_type": "linear", "warmup_steps": 10,
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 # Flags of this program that change the result of every method.
